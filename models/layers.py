@@ -1,0 +1,111 @@
+"""The parts of the transformer. Letters: B batch, F frames, T tokens of a frame, S tokens of a sequence, D width."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps to vectors: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) timesteps, possibly fractional -> (B, D)."""
+        half = self.num_frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, half)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # fp32: bf16 cannot tell t = 998 from 1000
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors. With label dropout there is one row more, of the null label `num_classes`."""
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(...,) -> (..., D)."""
+        return self.embedding_table(labels)
+
+
+class Block(nn.Module):
+    """A DiT block with adaLN-zero; attention stays within each of a sample's G sequences."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, G, S, D), c (B, 1 or G, D) -> (B, G, S, D)."""
+        B, G = x.shape[:2]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).unsqueeze(2).chunk(6, dim=-1)
+        sequences = modulate(self.norm1(x), shift_a, scale_a).flatten(0, 1)  # (B*G, S, D)
+        x = x + gate_a * self.attn(sequences).unflatten(0, (B, G))
+        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FP32LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in fp32 whatever the type of its input: the concatenated streams differ widely in scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
+
+
+class SkipLinear(nn.Module):
+    """The projection of a long skip branch, 2D -> D."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the values of their patches."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, F, T, D), c (B, 1 or F, D) -> (B, F, T, patch * patch * channels)."""
+        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_1d(dim: int, positions: Tensor) -> Tensor:
+    """Sines, then cosines, of positions at dim / 2 frequencies: (N,) -> (N, dim), float64."""
+    frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = torch.outer(positions.double(), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(dim: int, size: int) -> Tensor:
+    """A size x size grid, rows first: (size * size, dim); the first half encodes the column, the second the row."""
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
