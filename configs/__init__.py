@@ -1,4 +1,4 @@
-"""Every option of every program, as commented dataclasses; `load_config` lays a YAML file and key=value pairs over them.
+"""Every option of every program, as commented dataclasses; `load_config` lays a YAML file and key=value over them.
 
 A YAML file holds what differs from the defaults here and what a user edits. YAML files written for the original
 Latte and Skip-DiT code load unchanged: renamed keys are translated, keys without a function are named in a warning.
@@ -97,7 +97,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     sample_names: list[Any] | None = None  # sample.py: classes by index or name, one clip each; None: every class
     samples_per_class: int = 1  # sample.py
     dataset: str | None = None  # gives the classes their names: ucf101 or a data set below
-    data_path: str | None = path_option()  # class folders whose names are the classes' (None: indices, or UCF101's names)
+    data_path: str | None = path_option()  # its class folders, which name the classes (UCF101's names ship)
     fps: int = 8  # of the files written
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: bf16 where the device has the units for it
     use_fp16: bool = False  # the original's switch: fp16 on CUDA, the fastest half type of a CPU

@@ -36,7 +36,7 @@ class Variant:
 
 
 def parse_name(name: str) -> Variant:
-    """`Latte-XL/2`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ... -> Variant. A cache without a number refreshes every 2."""
+    """`Latte-XL/2`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ... -> Variant; a cache without a number has N = 2."""
     pattern = r"Latte(?:IMG)?(?:-(XL|L|B|S)/(2|4|8))?(-skip(-partial)?(-cache(?:-(\d+))?)?)?"
     match = re.fullmatch(pattern, name)
     if not match or name in ("Latte", "LatteIMG"):

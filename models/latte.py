@@ -14,8 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from configs import UserError
 from models.checkpoint import StrictHubMixin
-from models.layers import Block, FinalLayer, FP32LayerNorm, LabelEmbedder, SkipLinear, TimestepEmbedder
-from models.layers import sincos_1d, sincos_2d
+from models.layers import (
+    Block,
+    FinalLayer,
+    FP32LayerNorm,
+    LabelEmbedder,
+    SkipLinear,
+    TimestepEmbedder,
+    sincos_1d,
+    sincos_2d,
+)
 
 
 class Latte(nn.Module, StrictHubMixin):
@@ -114,7 +122,7 @@ class Latte(nn.Module, StrictHubMixin):
         return tokens, c + self.y_embedder(labels)
 
     def run(self, layers: Iterable[int], x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run `layers` on x (B, F, T, D). `skips` is a stack: the first layers push onto it, the last ones pop from it."""
+        """Run `layers` on x (B, F, T, D). `skips` is a stack: first layers push, last ones pop."""
         for i in layers:
             merge = i - (self.num_layers - self.num_skips)  # 0: the innermost
             if merge >= 0:
