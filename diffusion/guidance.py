@@ -1,0 +1,31 @@
+"""Classifier-free guidance as a wrapper around any denoiser."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Guided:
+    """A denoiser led towards its labels: eps = null + scale (cond - null); Ho & Salimans 2022, eq. 6.
+
+    One call runs `denoiser` once on 2B rows, the conditional ones first. The variance channels stay the conditional
+    rows'. scale = 1 is the denoiser itself, on B rows.
+    """
+
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor]
+    scale: float
+    null_label: int
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, C or 2C, H, W), in fp32 when guided."""
+        if self.scale == 1:
+            return self.denoiser(x, t, y)
+        labels = torch.cat([y, torch.full_like(y, self.null_label)])  # (2B,)
+        out = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), labels).float()  # a scale of 7 magnifies rounding
+        cond, null = out.chunk(2)  # (B, F, C or 2C, H, W) each
+        eps_cond, variance = cond.tensor_split([x.shape[-3]], dim=-3)  # C and C or no channels
+        eps_null, _ = null.tensor_split([x.shape[-3]], dim=-3)
+        return torch.cat([eps_null + self.scale * (eps_cond - eps_null), variance], dim=-3)

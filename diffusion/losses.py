@@ -1,0 +1,73 @@
+"""Training losses: mean squared error of the prediction, and the variational bound that trains the variance."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusion import Diffusion
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) of Gaussians, elementwise, in nats."""
+    ratio = torch.exp(log_variance1 - log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 + ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2) - 1)
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """tanh approximation of the standard normal's distribution function, kept for equal losses with the original."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability of x in [-1, 1], in bins of 2/255, under a Gaussian; Ho et al. 2020, eq. 13, in nats."""
+    upper = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
+    lower = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
+    upper = torch.where(x > 0.999, 1.0, upper)  # the outermost bins reach to infinity
+    lower = torch.where(x < -0.999, 0.0, lower)
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+def variational_bound(diffusion: "Diffusion", output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """One term of the variational bound, in bits per dimension: (B, ...) -> (B,).
+
+    L_{t-1}, or L_0 where t = 0; Ho et al. 2020, eq. 5.
+    """
+    mean, _, log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    p = diffusion.interpret(output, x_t, t, clip_denoised=False)
+    kl = mean_flat(normal_kl(mean, log_variance, p["mean"], p["log_variance"]))
+    nll = -mean_flat(discretized_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"]))
+    return torch.where(t == 0, nll, kl) / math.log(2)
+
+
+def training_losses(
+    diffusion: "Diffusion",
+    model: Callable[..., Tensor],
+    x_start: Tensor,
+    t: Tensor,
+    model_kwargs: dict[str, Any] | None = None,
+    noise: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Losses of a denoiser at timesteps t, per sample: x_start, noise (B, ..., C, H, W), t (B,) -> {name: (B,)}.
+
+    "mse" is that of the prediction target. With a learned variance there is "vb", the variational bound in bits per
+    dimension with the mean detached, so that it trains the variance alone (Nichol & Dhariwal 2021, section 3.1).
+    "loss" is their plain sum.
+    """
+    noise = torch.randn_like(x_start) if noise is None else noise
+    x_t = diffusion.q_sample(x_start, t, noise)
+    output = model(x_t, diffusion.original_timesteps(t), **(model_kwargs or {})).float()  # (B, ..., C or 2C, H, W)
+    prediction, variance = diffusion.split(output, x_t)
+    losses = {"mse": mean_flat((diffusion.target(x_start, noise, t) - prediction) ** 2)}
+    if diffusion.learn_sigma:
+        frozen = torch.cat([prediction.detach(), variance], dim=-3)
+        losses["vb"] = variational_bound(diffusion, frozen, x_start, x_t, t)
+    return {**losses, "loss": sum(losses.values())}
