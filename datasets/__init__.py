@@ -1,0 +1,131 @@
+"""The table of training sources, and the names of their classes. (Shadows Hugging Face's package: never installed.)"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from configs import UserError, choice, require_path
+from datasets.clips import ClipDataset, class_folders, find_frame_folders, find_videos, read_frame_folder, read_video
+from datasets.joint import WithStills, read_frame_list
+from datasets.loader import collate, load_batches
+from datasets.sampler import ClipSampler
+
+__all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "get_dataset", "load_batches"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is laid out and augmented."""
+
+    files: str  # "video": files of one video each; "frames": folders of images, one video each
+    has_classes: bool  # data_path holds a folder for each class
+    flip: bool  # mirrored half of the time
+
+
+SOURCES = {
+    "ucf101": Source(files="video", has_classes=True, flip=True),
+    "ffs": Source(files="video", has_classes=False, flip=True),
+    "taichi": Source(files="frames", has_classes=False, flip=True),
+    "sky": Source(files="frames", has_classes=False, flip=False),
+    "video_folder": Source(files="video", has_classes=True, flip=False),  # your own: nobody knows if mirroring is right
+    "frame_folder": Source(files="frames", has_classes=True, flip=False),
+}
+SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with use_image_num stills
+
+
+def get_dataset(args: Any) -> Dataset:
+    """The training set that `args` describes: configs.DataOptions, num_frames, image_size, num_classes, global_seed.
+
+    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills.
+
+    Raises:
+        UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.
+    """
+    source = SOURCES[choice("dataset", args.dataset, sorted(SOURCES))]
+    choice("video_reader", args.video_reader, ["decord", "pyav"])
+    if args.dataset.endswith("_img") and not args.use_image_num:
+        raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
+    root = require_path(args, "data_path")
+    paths, labels = _labelled_clips(source, root, args)
+    clips = ClipDataset(
+        paths,
+        labels,
+        read=partial(read_video, reader=args.video_reader) if source.files == "video" else read_frame_folder,
+        num_frames=args.num_frames,
+        frame_interval=args.frame_interval,
+        image_size=args.image_size,
+        flip=source.flip,
+        seed=args.global_seed,
+    )
+    if not args.use_image_num:
+        return clips
+    if not args.frame_data_txt:
+        return WithStills(clips, args.use_image_num)
+    images = require_path(args, "frame_data_path") if args.frame_data_path else root
+    classes = None if args.num_classes is None else class_folders(root)
+    return WithStills(
+        clips, args.use_image_num, *read_frame_list(require_path(args, "frame_data_txt"), images, classes)
+    )
+
+
+def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], list[int]]:
+    """Every clip under `root` and its label, the place of its class folder in sorted order; 0 without classes."""
+    find = find_videos if source.files == "video" else find_frame_folders
+    if args.num_classes is None:
+        paths = find(root)
+        labels = [0] * len(paths)
+    elif source.has_classes:
+        classes = class_folders(root)
+        if len(classes) != args.num_classes:
+            raise UserError(
+                f"data_path: {root} has {len(classes)} class folders, but num_classes is {args.num_classes}"
+            )
+        labelled = [(path, label) for label, name in enumerate(classes) for path in find(root / name)]
+        paths, labels = [path for path, _ in labelled], [label for _, label in labelled]
+    else:
+        raise UserError(f"dataset: {args.dataset} has no classes; leave num_classes empty, not {args.num_classes}")
+    if not paths:
+        kind = "video files" if source.files == "video" else "folders of images"
+        raise UserError(f"data_path: there are no {kind} under {root}")
+    return paths, labels
+
+
+def class_names(args: Any) -> list[str] | None:
+    """The classes' names by label: data_path's class folders, or UCF101's list; None where neither fits num_classes."""
+    if args.num_classes and args.data_path and Path(args.data_path).is_dir():
+        names = class_folders(Path(args.data_path))
+        if len(names) == args.num_classes:
+            return names
+    if (args.dataset or "").startswith("ucf101") and args.num_classes == 101:
+        return Path(__file__).with_name("ucf101_classes.txt").read_text().split()
+    return None
+
+
+def class_index(wanted: str | int, names: Sequence[str] | None, num_classes: int) -> int:
+    """The label of a class given by its index or, in any case of letters, by its name.
+
+    Raises:
+        UserError: there is no such class; the message gives the nearest names.
+    """
+    wanted = str(wanted)
+    if wanted.isdecimal():
+        if int(wanted) < num_classes:
+            return int(wanted)
+        raise UserError(f"class {wanted}: indices go from 0 to {num_classes - 1}")
+    if names is None:
+        raise UserError(f"class {wanted!r}: these classes have no names; give an index from 0 to {num_classes - 1}")
+    folded = [name.casefold() for name in names]
+    if wanted.casefold() in folded:
+        return folded.index(wanted.casefold())
+    near = difflib.get_close_matches(wanted.casefold(), folded, n=3, cutoff=0.4)
+    hint = (
+        f"did you mean {' or '.join(names[folded.index(name)] for name in near)}?"
+        if near
+        else f"valid: {', '.join(names)}"
+    )
+    raise UserError(f"class {wanted!r} is unknown; {hint}")

@@ -1,0 +1,78 @@
+"""Clips with still images behind their frames, for joint image-video training."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from configs import UserError
+from datasets.clips import ClipDataset, read_image, read_usable
+from datasets.transforms import fit
+
+
+class WithStills(Dataset):
+    """Items of `clips` with `num_stills` random images: video (F+K, 3, S, S), stills last; image_labels (K,) int64.
+
+    The images are those of a list (`paths` and `labels`, see `read_frame_list`), or single frames of any of the clips.
+    """
+
+    def __init__(
+        self,
+        clips: ClipDataset,
+        num_stills: int,
+        paths: Sequence[Path] | None = None,
+        labels: Sequence[int] | None = None,
+    ):
+        self.clips, self.num_stills, self.paths, self.labels = clips, num_stills, paths, labels
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        item = self.clips[key]
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = np.random.default_rng((self.clips.seed, epoch, index, 1))  # 1: not the clip's own numbers
+        stills, labels, skipped = zip(*(self._draw(rng) for _ in range(self.num_stills)), strict=True)
+        return item | {
+            "video": torch.cat([item["video"], *stills]),  # (F+K, 3, S, S)
+            "image_labels": torch.tensor(labels),
+            "skipped": sum(skipped, item["skipped"]),
+        }
+
+    def _draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, int, list[str]]:
+        """((1, 3, S, S), its label, what was skipped)"""
+        if self.paths is None:
+            still, index, skipped = self.clips.draw(int(rng.integers(len(self.clips))), 1, 1, rng)
+            return still, self.clips.labels[index], skipped
+        image, index, skipped = read_usable(self.paths, int(rng.integers(len(self.paths))), read_image, rng)
+        flip = self.clips.flip and rng.random() < 0.5
+        return fit(image, self.clips.image_size, flip)[None], self.labels[index], skipped
+
+
+def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tuple[list[Path], list[int]]:
+    """The images that a list file names, a line each, relative to `root`, and their labels (0 without classes).
+
+    An image's class is the first piece of its line that is a class's name, in any case of letters: the folder in
+    `Archery/v_Archery_g01_c01/000000.jpg`, the second word of `v_HandStandPushups_g01_c01/000000.jpg`.
+
+    Raises:
+        UserError: the list is empty or a line names no class.
+    """
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"frame_data_txt: {path} names no images")
+    if classes is None:
+        return [root / line for line in lines], [0] * len(lines)
+    label_of = {name.casefold(): label for label, name in enumerate(classes)}
+    labels = []
+    for line in lines:
+        pieces = [*line.split("/"), *re.split("[/_]", line)]
+        label = next((label_of[piece.casefold()] for piece in pieces if piece.casefold() in label_of), None)
+        if label is None:
+            raise UserError(f"frame_data_txt: {path}: no class of data_path is in the line {line!r}")
+        labels.append(label)
+    return [root / line for line in lines], labels

@@ -1,0 +1,77 @@
+"""Batches of clips for a training loop, and the count of clips that could not be used."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from configs import UserError
+from datasets.clips import summary
+from datasets.sampler import ClipSampler
+
+MIN_JUDGED = 1000  # files drawn before the bad share of a large data set is judged; a small one: after one pass
+
+logger = logging.getLogger(__name__)
+
+
+def load_batches(
+    dataset: Dataset, sampler: ClipSampler, num_workers: int = 0, max_bad_fraction: float = 0.1, **loader_options: Any
+) -> Iterator[dict[str, Any]]:
+    """Endless batches of `dataset` in the order of `sampler`, see `collate`; unusable files are logged, each once.
+
+    Raises:
+        UserError: more than `max_bad_fraction` of the files drawn cannot be used; the message names them.
+    """
+    loader = DataLoader(
+        _Batches(dataset),
+        sampler=sampler,
+        batch_size=None,  # the sampler's keys are whole batches
+        num_workers=num_workers,
+        generator=torch.Generator(),  # its seed for the workers must not come from the training's generator
+        **loader_options,
+    )
+    drawn, bad, named = 0, 0, {}
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        skipped = batch["skipped"]
+        for file in skipped:
+            if file not in named:
+                logger.warning("skipped %s", file)
+            named[file] = None
+        bad += len(skipped)
+        drawn += len(skipped) + batch["label"].numel() + batch.get("image_labels", torch.empty(0)).numel()
+        if drawn >= min(len(dataset), MIN_JUDGED) and bad > max_bad_fraction * drawn:
+            raise UserError(
+                f"{bad} of {drawn} files drawn cannot be used, more than max_bad_fraction={max_bad_fraction}: "
+                f"{summary(list(named))}"
+            )
+        yield batch
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items -> dict(video (B, F+K, 3, S, S), label (B,), [image_labels (B, K)], name and skipped lists of str)."""
+    batch = {
+        "video": torch.stack([item["video"] for item in items]),
+        "label": torch.tensor([item["label"] for item in items]),
+        "name": [item["name"] for item in items],
+        "skipped": [file for item in items for file in item["skipped"]],
+    }
+    if "image_labels" in items[0]:
+        batch["image_labels"] = torch.stack([item["image_labels"] for item in items])
+    return batch
+
+
+class _Batches(Dataset):
+    """Lists of keys -> batches. A UserError is handed over as data: a worker would wrap it in its traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> dict[str, Any] | UserError:
+        try:
+            return collate([self.dataset[key] for key in keys])
+        except UserError as error:
+            return error
