@@ -1,0 +1,165 @@
+"""Weights on disk: read strictly, whatever a file turns out to be, and written atomically."""
+
+import hashlib
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import UserError
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads the weights at `path` into `model`, every name and shape; values take the model's dtype and device.
+
+    Raises:
+        UserError: the file is no checkpoint, or is one of another model; names the options that differ.
+    """
+    theirs, ours = load_state_dict(path), model.state_dict()
+    missing = [name for name in ours if name not in theirs]
+    surplus = [name for name in theirs if name not in ours]
+    shapes = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
+    if missing or surplus or shapes:
+        raise UserError(f"{path} does not fit the model: {_misfit(theirs, ours, missing, surplus, shapes)}")
+    model.load_state_dict(theirs)
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a .pt file (under `ema`, else `model`, else bare) or a .safetensors file, with plain names.
+
+    Nothing in the file is executed; tensors stay on disk until they are used.
+
+    Raises:
+        UserError: no such file, a truncated one, or something else under its name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = "published weights: python pretrained/download_ckpts.py"
+        raise UserError(f"no checkpoint {path}{' (a folder)' if path.is_dir() else ''}; {hint}")
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in that repository")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page saved under this name, not weights: download the file itself")
+
+    # A format shows in the first bytes: names lie.
+    if head[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is truncated or damaged, fetch it again ({error})") from None
+    elif head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or the bare pickle of torch before 1.6
+        content = _load_pickle(path, mmap=head.startswith(b"PK"))
+    else:
+        raise UserError(f"{path} holds no weights: neither a .pt nor a .safetensors file ({path.stat().st_size} bytes)")
+
+    for key in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        found = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content)
+        raise UserError(f"{path} holds no weights: expected `ema`, `model` or tensors at the top, found {found}")
+    # torch.compile and DDP, in either order, put these before users' names.
+    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in content.items()}
+
+
+def save_checkpoint(path: str | Path, **state: Any) -> None:
+    """Writes `state` (ema=..., model=...) with torch.save; the file appears whole or not at all, also after a crash."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A path to write to, in the (created) folder of `path`, which takes the place of `path` if all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no glob("*.mp4") finds it
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class StrictHubMixin(PyTorchModelHubMixin):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub`, strict: weights pass through `load_checkpoint`."""
+
+    @classmethod
+    def _load_as_safetensor(cls, model: nn.Module, model_file: str, map_location: str, strict: bool) -> nn.Module:
+        load_checkpoint(model, model_file)
+        return model.to(map_location).eval()
+
+    _load_as_pickle = _load_as_safetensor
+
+
+def _load_pickle(path: Path, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").partition("GLOBAL ")[2]
+        held = f"Python objects ({reason.split()[0]})" if reason else "more than tensors"
+        advice = "if you trust its source, save the weights alone: torch.save({'model': weights}, path)"
+        raise UserError(f"{path} holds {held}, refused because loading them can run code; {advice}") from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged, fetch it again ({str(error).splitlines()[0]})") from None
+
+
+def _misfit(theirs: dict, ours: dict, missing: list[str], surplus: list[str], shapes: list[str]) -> str:
+    """How a file and a model differ, in one line: in options, if both are Lattes, and in names and shapes."""
+    parts = []
+    file, model = _options(theirs), _options(ours)
+    differ = [key for key in file if key in model and file[key] != model[key]]
+    if differ:
+        there, here = (", ".join(f"{key}={options[key]}" for key in differ) for options in (file, model))
+        parts.append(f"the file has {there}, the model {here}")
+        if "num_skips" in differ and not file["num_skips"]:
+            parts.append("it is a Latte without skips: sample it as model=Latte-XL/2, train from it with pretrained=")
+        elif "num_skips" in differ and not model["num_skips"]:
+            parts.append("it has skip branches: use model=Latte-skip")
+        else:
+            parts.append("set these options as in the file")
+    shapes = [f"{name} {list(theirs[name].shape)}, not {list(ours[name].shape)}" for name in shapes]
+    for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes)):
+        if names:
+            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    return "; ".join(parts)
+
+
+def _options(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The options that the weights of a Latte were made with; empty for another model."""
+    if not {"x_embedder.proj.weight", "pos_embed", "temp_embed", "final_layer.linear.weight"} <= state.keys():
+        return {}
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    latent_size = math.isqrt(state["pos_embed"].shape[1]) * patch_size
+    table = state.get("y_embedder.embedding_table.weight")  # one row per class and one for no class
+    return {
+        "hidden_size": hidden_size,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_skips": sum(name.startswith("skip_linears.") and name.endswith("weight") for name in state),
+        "num_classes": None if table is None else len(table) - 1,
+        "num_frames": state["temp_embed"].shape[1],
+        "image_size": f"{latent_size * 8} (with an 8x VAE)",
+        "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * in_channels * patch_size**2,
+    }
