@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         keys = [field.name for field in dataclasses.fields(schema)] if schema else []
         super().__init__(
             description=doc,
-            epilog=f"keys: {' '.join(keys)}" if keys else None,
+            epilog=textwrap.fill("keys: " + " ".join(keys), 100) if keys else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

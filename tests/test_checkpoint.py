@@ -1,0 +1,200 @@
+"""models/checkpoint.py: every form of file loads, strictly; every wrong file is one clear line."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from configs import UserError
+from models.checkpoint import atomic_path, file_hash, load_checkpoint, load_state_dict, save_checkpoint
+from models.latte import Latte
+
+SIZE = {
+    "input_size": 8,
+    "hidden_size": 16,
+    "depth": 8,
+    "num_heads": 2,
+    "num_frames": 4,
+    "num_classes": 5,
+    "num_skips": 2,
+}
+
+
+def latte(**changes) -> Latte:
+    return Latte(**SIZE | changes)
+
+
+def randomise(model: Latte) -> Latte:
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def assert_loads(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    model = latte()
+    load_checkpoint(model, path)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name].to(value.dtype), rtol=0, atol=0)
+
+
+def error_of(path: Path, model: Latte | None = None) -> str:
+    """The message of the UserError that loading `path` raises, which must be one line that names the file."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(model or latte(), path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_every_form_of_file_loads(tmp_path):
+    """`ema` before `model` before bare, in the zip and the old torch format, and safetensors under any name."""
+    weights = randomise(latte()).state_dict()
+    other = latte().state_dict()
+    torch.save({"model": other, "ema": weights}, tmp_path / "ema.pt")
+    torch.save({"model": weights, "step": 7}, tmp_path / "model.pt")
+    torch.save(weights, tmp_path / "bare.pt")
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "weights.safetensors")
+    save_file(weights, tmp_path / "safetensors.pt")
+    for path in tmp_path.iterdir():
+        assert_loads(path, weights)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_ddp_and_compile_are_stripped(tmp_path, prefix):
+    weights = randomise(latte()).state_dict()
+    torch.save({"model": {prefix + name: value for name, value in weights.items()}}, tmp_path / "a.pt")
+    assert_loads(tmp_path / "a.pt", weights)
+
+
+def test_half_precision_takes_the_models_type(tmp_path):
+    weights = {name: value.bfloat16() for name, value in randomise(latte()).state_dict().items()}
+    save_file(weights, tmp_path / "a.safetensors")
+    assert_loads(tmp_path / "a.safetensors", weights)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "words"),
+    [
+        ({"input_size": 16}, {}, ["image_size=128", "image_size=64", "pos_embed"]),
+        ({"num_frames": 16}, {}, ["num_frames=16", "num_frames=4", "temp_embed"]),
+        ({"num_classes": 101}, {}, ["num_classes=101", "num_classes=5", "y_embedder"]),
+        ({"num_classes": None}, {}, ["num_classes=None", "1 missing", "y_embedder"]),
+        ({}, {"num_classes": None}, ["the file has num_classes=5", "1 surplus"]),
+        ({"num_skips": 0}, {}, ["model=Latte-XL/2", "pretrained=", "8 missing (skip_norms.0.weight"]),
+        ({}, {"num_skips": 0}, ["model=Latte-skip", "8 surplus"]),
+        ({"num_skips": 1}, {}, ["num_skips=1", "num_skips=2"]),
+        ({"depth": 12}, {}, ["depth=12", "depth=8", "surplus (blocks."]),
+        ({"hidden_size": 32}, {}, ["hidden_size=32", "of another shape"]),
+        ({"learn_sigma": False}, {}, ["learn_sigma=False"]),
+        ({"mlp_ratio": 2.0}, {}, ["blocks.0.mlp.fc1.weight [32, 16], not [64, 16]"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_explained(tmp_path, saved, loaded, words):
+    """The line names the options that differ, in the file and in the model, and the first names concerned."""
+    save_checkpoint(tmp_path / "a.pt", ema=latte(**saved).state_dict())
+    message = error_of(tmp_path / "a.pt", latte(**loaded))
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_and_a_surplus_name_are_listed(tmp_path):
+    weights = latte().state_dict()
+    weights["extra"] = weights.pop("final_layer.linear.bias")
+    save_checkpoint(tmp_path / "a.pt", model=weights)
+    message = error_of(tmp_path / "a.pt")
+    assert "1 missing (final_layer.linear.bias)" in message and "1 surplus (extra)" in message
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+@pytest.mark.parametrize("name", ["a.pt", "old.pt", "a.safetensors"])
+def test_truncated_file(tmp_path, name, keep):
+    weights = randomise(latte()).state_dict()
+    path = tmp_path / name
+    if name == "a.safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"ema": weights}, path, _use_new_zipfile_serialization=name == "a.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    assert "truncated or damaged" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2771053040\n", "git lfs pull"),
+        (b'{"error": "Repository not found"}', "holds no weights"),
+        (b"", "0 bytes"),
+    ],
+)
+def test_something_else_under_the_name_of_a_checkpoint(tmp_path, content, word):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert word in error_of(tmp_path / "a.pt")
+
+
+def test_no_file_names_the_download(tmp_path):
+    assert "pretrained/download_ckpts.py" in error_of(tmp_path / "ucf101-skip.pt")
+    assert "folder" in error_of(tmp_path)
+
+
+def test_a_full_pickle_is_refused(tmp_path):
+    """An object of any class could run code when unpickled; the line names the class and the way out."""
+    path = tmp_path / "a.pt"
+    torch.save({"model": latte().state_dict(), "args": argparse.Namespace(lr=1)}, path)
+    message = error_of(path)
+    assert "argparse.Namespace" in message and "torch.save" in message
+
+
+def test_a_dict_without_weights(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", optimizer={"lr": 1.0}, step=3)
+    assert "found the keys optimizer, step" in error_of(tmp_path / "a.pt")
+    torch.save([1, 2], tmp_path / "b.pt")
+    assert "list" in error_of(tmp_path / "b.pt")
+
+
+def test_saving_is_atomic(tmp_path):
+    """A failed save leaves the file of before and no other."""
+    path = tmp_path / "folder" / "a.pt"
+    save_checkpoint(path, ema={"a": torch.ones(2)})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, ema=lambda: None)  # cannot be pickled
+    assert list(path.parent.iterdir()) == [path]
+    torch.testing.assert_close(load_state_dict(path), {"a": torch.ones(2)})
+
+
+def test_atomic_path_hides_what_is_half_written(tmp_path):
+    with atomic_path(tmp_path / "a.mp4") as temporary:
+        temporary.write_text("half")
+        assert not list(tmp_path.glob("*.mp4"))
+    assert (tmp_path / "a.mp4").read_text() == "half"
+
+
+def test_file_hash_is_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"weights" * 1000)
+    assert file_hash(tmp_path / "a") == hashlib.sha256(b"weights" * 1000).hexdigest()
+
+
+def test_hub_folder_round_trip(tmp_path):
+    """save_pretrained keeps the options beside the weights; from_pretrained needs nothing else, and is in eval mode."""
+    model = randomise(latte())
+    model.save_pretrained(tmp_path)
+    again = Latte.from_pretrained(tmp_path)
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert again.num_skips == 2 and not again.training
+
+
+def test_hub_folder_loads_strictly(tmp_path):
+    """The mixin's own default drops what does not fit in silence."""
+    model = latte()
+    model.save_pretrained(tmp_path)
+    weights = model.state_dict()
+    del weights["final_layer.linear.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 missing \(final_layer.linear.bias\)"):
+        Latte.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="num_skips=2, the model num_skips=0"):
+        Latte.from_pretrained(tmp_path, num_skips=0)
