@@ -1,0 +1,94 @@
+"""Run folders of a training: `{results_dir}/{index:03d}-{model}-{dataset}/`, their logs, and the state to resume from."""
+
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from configs import UserError, to_yaml
+from models.checkpoint import atomic_path, save_checkpoint
+
+# Options that may change between a run and its continuation: they do not change what is learned.
+INCIDENTAL = {
+    "resume_from_checkpoint", "results_dir", "max_train_steps", "local_batch_size", "gradient_accumulation_steps",
+    "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
+    "use_compile", "attention_mode", "max_bad_steps", "max_bad_fraction",
+}  # fmt: skip
+
+
+class RunLog:
+    """Lines to the terminal and to `log.txt`, figures to `log.jsonl`; silent on every rank but 0."""
+
+    def __init__(self, run: Path, rank: int):
+        self.run, self.silent = run, rank != 0
+
+    def say(self, line: str) -> None:
+        if not self.silent:
+            line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
+            print(line, flush=True)
+            with (self.run / "log.txt").open("a") as file:
+                file.write(line + "\n")
+
+    def figures(self, **values: float) -> None:
+        if not self.silent:
+            with (self.run / "log.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def find_run(cfg: Any) -> Path | None:
+    """The run to continue, as `cfg.resume_from_checkpoint` says: auto (the newest of the same options), a folder, no."""
+    wanted = cfg.resume_from_checkpoint
+    if wanted in (None, "no"):
+        return None
+    if wanted != "auto":
+        folder = Path(wanted).expanduser()
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"resume_from_checkpoint: {folder} is no run folder (it has no config.yaml); or give auto, no")
+        return folder
+    runs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
+    return next((path.parent for path in runs if _lasting(OmegaConf.load(path)) == _lasting(to_yaml(cfg))), None)
+
+
+def create_run(cfg: Any) -> Path:
+    """A new run folder, with the resolved options in it."""
+    root = Path(cfg.results_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    index = max((int(path.name.split("-")[0]) for path in root.glob("[0-9][0-9][0-9]*-*")), default=-1) + 1
+    run = root / f"{index:03d}-{cfg.model.replace('/', '-')}-{cfg.dataset}"
+    run.mkdir()
+    with atomic_path(run / "config.yaml") as temporary:
+        temporary.write_text(to_yaml(cfg))
+    return run
+
+
+def save_state(run: Path, step: int, keep: int, **state: Any) -> None:
+    """Write `resume/{step:07d}.pt` and remove all but the newest `keep` of them."""
+    save_checkpoint(run / "resume" / f"{step:07d}.pt", step=step, **state)
+    for old in sorted((run / "resume").glob("*.pt"))[:-keep]:
+        old.unlink()
+
+
+def newest_state(run: Path, log: RunLog) -> dict[str, Any] | None:
+    """The newest resume state that can be read; one that cannot is passed over, and said so."""
+    for path in sorted((run / "resume").glob("*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            log.say(f"passed over {path}, which cannot be read ({str(error).splitlines()[0]})")
+    return None
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _lasting(options: Any) -> dict[str, Any]:
+    """The options that make two runs the same training."""
+    options = OmegaConf.create(options) if isinstance(options, str) else options
+    return {key: value for key, value in OmegaConf.to_container(options).items() if key not in INCIDENTAL}
