@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -94,8 +94,17 @@ def temporal_crop(total: int, num_frames: int, frame_interval: int, rng: np.rand
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Packet(NamedTuple):
+    """One encoded frame, in the order of the file (decoding order)."""
+
+    pts: int  # when it is shown
+    dts: int | None  # when it is decoded
+    is_keyframe: bool
+    is_discard: bool  # decoded but not shown: cut off by an edit list
+
+
 def read_video(path: Path, choose: Choose, reader: str = "decord") -> torch.Tensor:
-    """The chosen frames of a video file, (F, 3, H, W) uint8.
+    """The chosen frames of a video file, (F, 3, H, W) uint8; the packets' times, read without decoding, find them.
 
     `reader` decord: decord where its seeking is exact, PyAV elsewhere; pyav: PyAV always.
 
@@ -103,57 +112,65 @@ def read_video(path: Path, choose: Choose, reader: str = "decord") -> torch.Tens
         BadClip: the file does not decode, or `choose` refuses it.
     """
     try:
-        frames = _read_decord(path, choose) if reader == "decord" and _decord_is_exact(path) else None
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [
+                Packet(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.pts is not None
+            ]
+            reorders = stream.codec_context.has_b_frames
+        times = sorted(p.pts for p in packets if not p.is_discard)  # by index of the frame
+        indices = choose(len(times))
+        frames = None
+        if reader == "decord" and _decord_is_exact(path.suffix.lower(), packets, reorders):
+            frames = _read_decord(path, indices)
         if frames is None:
-            frames = _read_pyav(path, choose)
+            frames = _read_pyav(path, packets, [times[i] for i in indices])
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:  # no video stream; frames that differ in size
-        raise BadClip(f"does not decode: {type(error).__name__}") from error
+        raise BadClip(f"does not decode ({type(error).__name__})") from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
 
 
-def _decord_is_exact(path: Path) -> bool:
-    """Whether decord's seek finds the right frames: it does not with B-frames in .avi, HEVC, MPEG-PS and MPEG-TS."""
-    with av.open(str(path)) as container:
-        codec = container.streams.video[0].codec_context
-        if path.suffix.lower() == ".avi":
-            return not codec.has_b_frames
-        return path.suffix.lower() in {".mp4", ".mkv", ".mov"} and codec.name == "h264"
+def _decord_is_exact(suffix: str, packets: list[Packet], reorders: bool) -> bool:
+    """Whether decord's seek finds the right frames.
+
+    It returns wrong ones, silently, in .avi with B-frames, in MPEG-PS and MPEG-TS, after an edit list, and where frames
+    that are shown before a keyframe follow it in the file (an open group of pictures).
+    """
+    if suffix == ".avi":
+        return not reorders
+    earliest = float("inf")  # of the packets that follow
+    for packet in reversed(packets):
+        if packet.is_discard or (packet.is_keyframe and earliest < packet.pts):
+            return False
+        earliest = min(earliest, packet.pts)
+    return suffix in {".mp4", ".mkv", ".mov"}
 
 
-def _read_decord(path: Path, choose: Choose) -> np.ndarray | None:
+def _read_decord(path: Path, indices: Sequence[int]) -> np.ndarray | None:
     """(F, H, W, 3) uint8, or None where decord fails: PyAV reads some of those files."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        video = decord.VideoReader(str(path), num_threads=1)
-        return video.get_batch(choose(len(video))).asnumpy()
+        frames = decord.VideoReader(str(path), num_threads=1).get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError):
         return None
+    return frames if frames.shape[-1] == 3 else None  # a rotated video comes out with four channels
 
 
-def _read_pyav(path: Path, choose: Choose) -> np.ndarray:
-    """(F, H, W, 3) uint8. The packets' times, read without decoding, say where each frame and each keyframe is."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        packets = [
-            (packet.pts, packet.dts, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.pts is not None and not packet.is_discard
-        ]
-    times = sorted(pts for pts, _, _ in packets)
-    wanted = [times[i] for i in choose(len(times))]
-    keyframe = max((packet for packet in packets if packet[2] and packet[0] <= wanted[0]), default=None)
-    starts = [None] if keyframe is None else [keyframe[0] if keyframe[1] is None else keyframe[1], None]
-    for start in starts:  # from the start of the file where the container's seek misses the keyframe (MPEG-PS)
+def _read_pyav(path: Path, packets: list[Packet], wanted: list[int]) -> np.ndarray:
+    """The frames shown at the times `wanted`, (F, H, W, 3) uint8."""
+    keyframe = max((p for p in packets if p.is_keyframe and p.pts <= wanted[0]), default=packets[0])
+    seek_time = keyframe.pts if keyframe.dts is None else keyframe.dts
+    for start in (seek_time, None):  # None, the whole file: in MPEG-PS a seek can miss its keyframe
         frames = _decode(path, start, wanted)
         if len(frames) == len(wanted):
             return np.stack(frames)
-    raise BadClip("does not decode: frames are missing")
+    raise BadClip("does not decode (frames are missing)")
 
 
 def _decode(path: Path, start: int | None, wanted: list[int]) -> list[np.ndarray]:
-    """The frames at the times `wanted`, decoding from the keyframe at `start` (None: the first)."""
+    """The frames shown at the times `wanted`, decoding from the keyframe at time `start`, or from the file's start."""
     frames, wanted_times = [], set(wanted)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -161,7 +178,7 @@ def _decode(path: Path, start: int | None, wanted: list[int]) -> list[np.ndarray
             container.seek(start, stream=stream)
         for frame in container.decode(stream):
             if frame.pts in wanted_times:
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
             if frame.pts is not None and frame.pts >= wanted[-1]:
                 break
     return frames

@@ -1,0 +1,422 @@
+"""The training data: which frames a clip holds, what becomes of broken files, the eight layouts, and determinism."""
+
+import logging
+import subprocess
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs import ROOT, UserError
+from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
+from datasets.clips import BadClip, ClipDataset, natural_order, read_frame_folder, read_image, read_video, temporal_crop
+from datasets.transforms import fit
+
+DEMO = ROOT / "datasets" / "demo"
+SIZE, NUM_FRAMES, STILLS = 24, 8, 2
+
+
+def decode(path: Path) -> np.ndarray:
+    """Every frame of a video file in order, (T, H, W, 3) uint8, by plain decoding."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str, options: dict[str, str] | None = None, b_frames: int = 0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=12, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 12, b_frames
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_frames(folder: Path, frames: np.ndarray, pattern: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, frame in enumerate(frames, start=1):
+        Image.fromarray(frame).save(folder / pattern.format(i))
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[np.ndarray]:
+    """Real clips, (24, 72, 96, 3) each."""
+    return [decode(DEMO / "train" / name / f"v_{name}_g01_c01.mp4") for name in ("Box", "City", "Globe", "Tree")]
+
+
+@pytest.fixture(scope="module")
+def video_tree(tmp_path_factory, clips) -> Path:
+    """Two classes of .avi and .mp4, broken files among them: a truncated .mp4, a text called .avi, a 5-frame clip."""
+    root = tmp_path_factory.mktemp("videos")
+    write_video(root / "Archery" / "v_Archery_g01_c01.avi", clips[0], "mpeg4")
+    write_video(root / "Archery" / "v_Archery_g01_c02.mp4", clips[1], "libx264")
+    write_video(root / "HandstandPushups" / "v_HandStandPushups_g01_c01.AVI", clips[2], "mjpeg")
+    write_video(root / "HandstandPushups" / "deeper" / "v_HandStandPushups_g01_c02.mp4", clips[3], "libx264")
+    whole = (DEMO / "train" / "Box" / "v_Box_g01_c01.mp4").read_bytes()
+    (root / "Archery" / "bad_truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "HandstandPushups" / "bad_text.avi").write_text("not a video")
+    write_video(root / "HandstandPushups" / "bad_short.mp4", clips[0][:5], "libx264")
+    (root / "Archery" / "readme.txt").write_text("ignored")
+    return root
+
+
+@pytest.fixture(scope="module")
+def frame_tree(tmp_path_factory, clips) -> Path:
+    """Frame folders at several depths, .jpg and .png, broken ones among them: zero-byte .jpg files, five frames."""
+    root = tmp_path_factory.mktemp("frames")
+    write_frames(root / "Archery" / "one" / "one_1", clips[0], "one_frame_{}.jpg")
+    write_frames(root / "Archery" / "one" / "one_2", clips[1], "{:06d}.png")
+    write_frames(root / "HandstandPushups" / "two", clips[2], "{}.jpg")
+    write_frames(root / "HandstandPushups" / "bad_short", clips[3][:5], "{}.png")
+    write_frames(root / "HandstandPushups" / "bad_empty", clips[3], "{}.jpg")
+    for path in (root / "HandstandPushups" / "bad_empty").iterdir():
+        path.write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def frame_list(tmp_path_factory, clips) -> Path:
+    """A list file in UCF101's naming, an unreadable image among its lines; the images lie beside it."""
+    root = tmp_path_factory.mktemp("stills")
+    lines = []
+    for name, frames in (("v_Archery_g01_c01", clips[0]), ("v_HandStandPushups_g01_c01", clips[2])):
+        write_frames(root / name, frames[:3], "{:06d}.jpg")
+        lines += [f"{name}/{i:06d}.jpg" for i in (1, 2, 3)]
+    (root / "v_Archery_g01_c01" / "bad.jpg").write_bytes(b"")
+    path = root / "list.txt"
+    path.write_text("\n".join([*lines, "v_Archery_g01_c01/bad.jpg", ""]))
+    return path
+
+
+def options(dataset: str, root: Path, **changes) -> SimpleNamespace:
+    values = dict(dataset=dataset, data_path=str(root), frame_data_path=None, frame_data_txt=None)
+    values |= dict(num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE, use_image_num=0, num_classes=None)
+    values |= dict(global_seed=7, video_reader="decord", max_bad_fraction=0.9)
+    return SimpleNamespace(**(values | changes))
+
+
+# Which frames
+
+
+def test_long_videos_give_a_window_at_the_exact_stride_and_every_window_comes_up():
+    starts = set()
+    for seed in range(60):
+        indices = temporal_crop(20, 8, 2, np.random.default_rng(seed))
+        assert np.diff(indices).tolist() == [2] * 7 and indices[-1] < 20
+        starts.add(indices[0])
+    assert starts == {0, 1, 2, 3, 4}
+
+
+def test_short_videos_are_spread_evenly_and_shorter_ones_refused():
+    rng = np.random.default_rng(0)
+    assert temporal_crop(15, 8, 2, rng) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert temporal_crop(11, 8, 2, rng) == np.linspace(0, 10, 8, dtype=int).tolist()
+    assert temporal_crop(8, 8, 2, rng) == list(range(8))
+    assert temporal_crop(1, 1, 3, rng) == [0]
+    with pytest.raises(BadClip, match="7 frames, 8 needed"):
+        temporal_crop(7, 8, 2, rng)
+
+
+FILES = {  # name -> codec, options, B-frames
+    "mpeg4.avi": ("mpeg4", {}, 0),
+    "mpeg4_b.avi": ("mpeg4", {}, 2),
+    "mjpeg.avi": ("mjpeg", {}, 0),
+    "h264.avi": ("libx264", {}, 2),
+    "h264.mp4": ("libx264", {"bf": "2"}, 2),
+    "open_gop.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=2:b-adapt=0"}, 2),
+    "h264.mkv": ("libx264", {}, 2),
+    "mpeg2.mpg": ("mpeg2video", {}, 2),
+}
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("name", FILES)
+def test_the_frames_read_by_seeking_are_those_of_a_full_decode(tmp_path, clips, name, reader):
+    write_video(tmp_path / name, np.concatenate([clips[1], clips[1][::-1]]), *FILES[name])
+    every = decode(tmp_path / name)
+    for begin in (0, 5, 13, 26):
+        indices = list(range(begin, begin + 22, 3))
+        frames = read_video(tmp_path / name, lambda total, indices=indices: indices, reader)
+        assert torch.equal(frames, torch.from_numpy(every[indices]).permute(0, 3, 1, 2))
+    totals = []
+    read_video(tmp_path / name, lambda total: totals.append(total) or [total - 1], reader)
+    assert totals == [48] == [len(every)]
+
+
+def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path, clips):
+    """`ffmpeg -ss ... -c copy` keeps the frames back to the keyframe and hides them; they are no part of the video."""
+    write_video(tmp_path / "whole.mp4", np.concatenate([clips[1], clips[1][::-1]]), "libx264")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-ss", "1.5", "-i", "whole.mp4", "-c", "copy", "cut.mp4"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    every = decode(tmp_path / "cut.mp4")
+    assert len(every) < 48 - 12
+    frames = read_video(tmp_path / "cut.mp4", lambda total: [0, 7, total - 1])
+    assert torch.equal(frames, torch.from_numpy(every[[0, 7, len(every) - 1]]).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+def test_only_the_neighbourhood_of_the_frames_is_decoded(tmp_path, clips, reader):
+    """With everything but the middle group of pictures overwritten, the middle still reads and the rest does not."""
+    path = tmp_path / "clip.mp4"
+    write_video(path, np.concatenate([clips[1], clips[1][::-1]]), "libx264", {"sc_threshold": "0"})
+    every = decode(path)
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for position, size in places[:24] + places[36:]:
+        data[position : position + size] = bytes([255]) * size
+    path.write_bytes(data)
+    frames = read_video(path, lambda total: [25, 30, 33], reader)
+    assert torch.equal(frames, torch.from_numpy(every[[25, 30, 33]]).permute(0, 3, 1, 2))
+    with pytest.raises(BadClip, match="does not decode"):
+        read_video(path, lambda total: [2, 5], reader)
+
+
+def test_frame_folders_are_read_in_the_order_of_their_numbers(tmp_path):
+    """frame_9 comes before frame_10, and a name without a number is no accident."""
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"frame_{i}.png")
+    frames = read_frame_folder(tmp_path, lambda total: range(total))
+    assert frames[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
+    assert sorted(["b_2", "cover", "b_10", "b_1"], key=natural_order) == ["b_1", "b_2", "b_10", "cover"]
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("height, width", [(237, 320), (239, 100), (374, 500), (72, 96), (24, 24), (9, 300)])
+def test_any_size_becomes_a_square_in_the_unit_range_without_distortion(height, width):
+    """A horizontal ramp keeps its slope relative to the short edge: resized, then cropped at the centre."""
+    ramp = torch.linspace(0, 255, width).round().to(torch.uint8).expand(2, 3, height, width)
+    out = fit(ramp, 24, flip=False)
+    assert out.shape == (2, 3, 24, 24) and out.dtype == torch.float32 and out.min() >= -1 and out.max() <= 1
+    slope = (out[0, 0, 12, 18] - out[0, 0, 12, 6]).item() / 12  # per pixel of the output
+    assert slope == pytest.approx(2 / width * min(height, width) / 24, abs=0.01)
+    assert out.mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_a_flip_mirrors_all_frames_of_a_clip_or_none(clips):
+    """The source's flag decides whether there are flips at all; half of the clips get one, whole."""
+    video = torch.from_numpy(clips[1]).permute(0, 3, 1, 2)
+    make = partial(ClipDataset, [Path("a")], [0], lambda path, choose: video[list(choose(24))], 24, 1, SIZE, seed=0)
+    plain, mirrored = fit(video, SIZE, False), fit(video, SIZE, True)
+    items = [make(flip=True)[epoch, 0]["video"] for epoch in range(40)]
+    flips = [torch.equal(item, mirrored) for item in items]
+    assert all(flip or torch.equal(item, plain) for flip, item in zip(flips, items, strict=True))
+    assert 10 <= sum(flips) <= 30
+    assert all(torch.equal(make(flip=False)[epoch, 0]["video"], plain) for epoch in range(10))
+
+
+# The eight data sets, and a user's own
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_data_set_reads_its_layout_and_skips_broken_files(name, request):
+    """Items have the promised shapes and labels; a broken file is replaced by a good one and named with its reason."""
+    files = SOURCES[name].files
+    root = request.getfixturevalue("video_tree" if files == "video" else "frame_tree")
+    stills = STILLS if name.endswith("_img") else 0
+    classes = 2 if SOURCES[name].has_classes else None
+    dataset = get_dataset(options(name, root, use_image_num=stills, num_classes=classes))
+    assert len(dataset) == (7 if files == "video" else 5)
+    skipped = set()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        assert item["video"].shape == (NUM_FRAMES + stills, 3, SIZE, SIZE) and item["video"].dtype == torch.float32
+        assert item["video"].abs().max() <= 1 and item["video"].std() > 0.05
+        assert "bad" not in item["name"] and Path(item["name"]).exists()
+        assert item["label"] == (1 if classes and "HandstandPushups" in item["name"] else 0)
+        if stills:
+            assert item["image_labels"].shape == (stills,) and item["image_labels"].dtype == torch.int64
+        skipped |= set(item["skipped"])
+    reasons = {Path(text.split(": ")[0]).name: text.split(": ")[1] for text in skipped}
+    if files == "video":
+        assert reasons.keys() == {"bad_truncated.mp4", "bad_text.avi", "bad_short.mp4"}
+        assert "does not decode" in reasons["bad_truncated.mp4"] and "does not decode" in reasons["bad_text.avi"]
+        assert reasons["bad_short.mp4"] == "5 frames, 8 needed"
+    else:
+        assert reasons.keys() == {"bad_short", "bad_empty"}
+        assert "is no image" in reasons["bad_empty"] and reasons["bad_short"] == "5 frames, 8 needed"
+
+
+def test_sky_alone_is_never_mirrored():
+    """Of the published data sets; a user's own clips are not either, as nobody knows whether mirroring is right."""
+    assert {name for name, source in SOURCES.items() if not source.flip} == {
+        "sky",
+        "sky_img",
+        "video_folder",
+        "frame_folder",
+    }
+
+
+def test_stills_of_a_list_carry_its_classes_and_follow_the_clip(video_tree, frame_list):
+    """A class is found in any case of letters (v_HandStandPushups in HandstandPushups); clips are as without stills."""
+    stills = dict(use_image_num=STILLS, frame_data_path=str(frame_list.parent), frame_data_txt=str(frame_list))
+    dataset = get_dataset(options("ucf101_img", video_tree, num_classes=2, **stills))
+    alone = get_dataset(options("ucf101", video_tree, num_classes=2))
+    image_labels = {}  # every listed image as the model sees it, plain and mirrored -> its class
+    for label, name in enumerate(["v_Archery_g01_c01", "v_HandStandPushups_g01_c01"]):
+        for path in (frame_list.parent / name).glob("0*.jpg"):
+            for flip in (False, True):
+                image_labels[fit(read_image(path), SIZE, flip).numpy().tobytes()] = label
+    skipped, labels = [], []
+    for epoch in range(20):
+        item = dataset[epoch, 0]
+        assert torch.equal(item["video"][:NUM_FRAMES], alone[epoch, 0]["video"])
+        found = [image_labels[still.numpy().tobytes()] for still in item["video"][NUM_FRAMES:]]
+        assert found == item["image_labels"].tolist()
+        skipped, labels = skipped + item["skipped"], labels + found
+    assert set(labels) == {0, 1}
+    assert any("bad.jpg" in text for text in skipped)
+
+
+def test_stills_without_a_list_are_frames_of_the_clips(video_tree):
+    """Short clips serve as stills too, and labels are those of the clips the stills come from."""
+    dataset = get_dataset(options("ucf101_img", video_tree, num_classes=2, use_image_num=6, image_size=72))
+    frames = {}
+    for path in video_tree.rglob("*.*"):
+        if path.suffix in {".avi", ".AVI", ".mp4"} and path.name not in {"bad_truncated.mp4", "bad_text.avi"}:
+            for frame in torch.from_numpy(decode(path)).permute(0, 3, 1, 2):
+                for flip in (False, True):
+                    frames[fit(frame, 72, flip).numpy().tobytes()] = int("HandstandPushups" in str(path))
+    for index in range(3):
+        item = dataset[index]
+        assert [frames[s.numpy().tobytes()] for s in item["video"][NUM_FRAMES:]] == item["image_labels"].tolist()
+
+
+def test_the_demo_is_seven_classes_of_forty_clips():
+    args = options("ucf101", DEMO / "train", num_classes=7, num_frames=16, frame_interval=1, image_size=64)
+    dataset = get_dataset(args)
+    assert class_names(args) == ["Box", "Bunny", "City", "Cup", "Globe", "Pedestrians", "Tree"]
+    assert [dataset.labels.count(label) for label in range(7)] == [40] * 7
+    item = dataset[279]
+    assert item["label"] == 6 and Path(item["name"]).parent.name == "Tree" and item["skipped"] == []
+
+
+# Determinism
+
+
+def test_items_are_keyed_by_seed_epoch_and_index(video_tree):
+    """The same key gives the same item in any order and any instance; an epoch or a seed more, another one."""
+    args = options("ucf101_img", video_tree, num_classes=2, use_image_num=STILLS)
+    first, second = get_dataset(args), get_dataset(args)
+    items = [first[0, i] for i in range(len(first))]
+    for i in reversed(range(len(first))):
+        again = second[i]  # epoch 0
+        assert torch.equal(again["video"], items[i]["video"]) and again["name"] == items[i]["name"]
+        assert torch.equal(again["image_labels"], items[i]["image_labels"]) and again["skipped"] == items[i]["skipped"]
+    assert any(not torch.equal(first[1, i]["video"], items[i]["video"]) for i in range(3))
+    args.global_seed += 1
+    assert any(not torch.equal(get_dataset(args)[i]["video"], items[i]["video"]) for i in range(3))
+
+
+def test_batches_are_the_same_at_any_number_of_workers_and_whatever_the_global_generator(video_tree):
+    dataset = get_dataset(options("ucf101_img", video_tree, num_classes=2, use_image_num=STILLS))
+    runs = []
+    for workers in (0, 2):
+        torch.manual_seed(workers)
+        state = torch.get_rng_state()
+        batches = load_batches(dataset, ClipSampler(len(dataset), 4, seed=1), workers, max_bad_fraction=0.9)
+        runs.append(list(islice(batches, 4)))
+        assert torch.equal(state, torch.get_rng_state())
+    for one, other in zip(*runs, strict=True):
+        assert one["video"].shape == (4, NUM_FRAMES + STILLS, 3, SIZE, SIZE) and one["image_labels"].shape == (
+            4,
+            STILLS,
+        )
+        assert torch.equal(one["video"], other["video"]) and torch.equal(one["label"], other["label"])
+        assert one["name"] == other["name"] and one["skipped"] == other["skipped"]
+
+
+# Too many bad files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_bad_files_than_allowed_end_the_run_with_their_names(video_tree, workers):
+    """3 of 7 files are broken, a tenth is allowed: the error comes within a pass, in one line, from any process."""
+    dataset = get_dataset(options("ffs", video_tree))
+    batches = load_batches(dataset, ClipSampler(len(dataset), 1), workers, max_bad_fraction=0.1)
+    with pytest.raises(UserError, match=r"more than max_bad_fraction=0.1: .*bad_") as raised:
+        for _ in islice(batches, 20):
+            pass
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_a_single_good_clip_is_an_error_and_no_endless_loop(tmp_path, workers):
+    for i in range(3):
+        (tmp_path / f"{i}.avi").write_bytes(b"")
+    dataset = get_dataset(options("ffs", tmp_path))
+    with pytest.raises(UserError, match=r"none of 100 files .* can be used: .*0\.avi: does not decode") as raised:
+        next(load_batches(dataset, ClipSampler(3, 2), workers, max_bad_fraction=0.99))
+    assert "\n" not in str(raised.value)
+
+
+def test_each_skipped_file_is_logged_once(video_tree, caplog):
+    dataset = get_dataset(options("ffs", video_tree))
+    with caplog.at_level(logging.WARNING):
+        for _ in islice(load_batches(dataset, ClipSampler(len(dataset), 7), max_bad_fraction=0.9), 4):
+            pass
+    named = [Path(record.getMessage().split(": ")[0]).name for record in caplog.records]
+    assert sorted(named) == ["bad_short.mp4", "bad_text.avi", "bad_truncated.mp4"]
+
+
+# What the person at the keyboard can mend
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dataset="ucf11"), "dataset: 'ucf11' is unknown; valid: .*ucf101.*video_folder"),
+        (dict(video_reader="opencv"), "video_reader: 'opencv' is unknown; valid: decord, pyav"),
+        (dict(num_classes=101), "has 2 class folders, but num_classes is 101"),
+        (dict(dataset="ffs", num_classes=2), "ffs has no classes; leave num_classes empty"),
+        (dict(dataset="ucf101_img"), "ucf101_img needs use_image_num > 0; for clips alone use ucf101"),
+        (dict(dataset="sky"), "there are no folders of images under"),
+        (dict(data_path="/path/to/ucf101"), "data_path still holds the placeholder"),
+        (dict(data_path="/nowhere"), "data_path: nothing at /nowhere"),
+        (dict(use_image_num=1, frame_data_txt="/nowhere.txt"), "frame_data_txt: nothing at /nowhere.txt"),
+    ],
+)
+def test_wrong_options_are_one_line_that_says_what_is_right(video_tree, changes, message):
+    args = options(**(dict(dataset="ucf101", root=video_tree) | changes))
+    with pytest.raises(UserError, match=message) as raised:
+        get_dataset(args)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_list_line_without_a_class_is_named(video_tree, tmp_path):
+    (tmp_path / "list.txt").write_text("v_Archery_g01_c01/1.jpg\nv_Fencing_g01_c01/1.jpg\n")
+    with pytest.raises(UserError, match=r"no class of data_path is in the line 'v_Fencing_g01_c01/1.jpg'"):
+        get_dataset(
+            options("ucf101", video_tree, num_classes=2, use_image_num=1, frame_data_txt=str(tmp_path / "list.txt"))
+        )
+
+
+def test_ucf101_names_its_classes_without_its_videos():
+    """101 names in the order of the sorted folders: HammerThrow before Hammering, JumpRope before JumpingJack."""
+    names = class_names(SimpleNamespace(dataset="ucf101", data_path=None, num_classes=101))
+    assert len(set(names)) == len(names) == 101 and names == sorted(names)
+    assert [names.index(n) for n in ("ApplyEyeMakeup", "HammerThrow", "HandstandPushups", "YoYo")] == [0, 34, 36, 100]
+    assert class_names(SimpleNamespace(dataset="sky", data_path=None, num_classes=None)) is None
+
+
+def test_classes_are_chosen_by_index_or_by_name_in_any_case():
+    names = ["Archery", "Bowling", "BoxingSpeedBag"]
+    assert class_index("bowling", names, 3) == class_index("1", names, 3) == class_index(1, names, 3) == 1
+    assert class_index(2, None, 3) == 2
+    with pytest.raises(UserError, match="class 'archrey' is unknown; did you mean Archery"):
+        class_index("archrey", names, 3)
+    with pytest.raises(UserError, match="class 3: indices go from 0 to 2"):
+        class_index(3, names, 3)
+    with pytest.raises(UserError, match="these classes have no names; give an index from 0 to 2"):
+        class_index("bowling", None, 3)
