@@ -18,19 +18,25 @@ from torch import Tensor, nn
 from configs import UserError
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, optional: str | None = None) -> list[str]:
     """Loads the weights at `path` into `model`, every name and shape; values take the model's dtype and device.
+
+    Names that start with `optional` may all be absent from the file; those that were are returned.
 
     Raises:
         UserError: the file is no checkpoint, or is one of another model; names the options that differ.
     """
     theirs, ours = load_state_dict(path), model.state_dict()
-    missing = [name for name in ours if name not in theirs]
+    absent = [name for name in ours if optional and name.startswith(optional)]
+    if any(name in theirs for name in absent):
+        absent = []
+    missing = [name for name in ours if name not in theirs and name not in absent]
     surplus = [name for name in theirs if name not in ours]
     shapes = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
     if missing or surplus or shapes:
         raise UserError(f"{path} does not fit the model: {_misfit(theirs, ours, missing, surplus, shapes)}")
-    model.load_state_dict(theirs)
+    model.load_state_dict(theirs, strict=not absent)
+    return absent
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from models.checkpoint import atomic_path, save_checkpoint
 
 # Options that may change between a run and its continuation: they do not change what is learned.
 INCIDENTAL = {
-    "resume_from_checkpoint", "results_dir", "max_train_steps", "local_batch_size", "gradient_accumulation_steps",
+    "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
     "use_compile", "attention_mode", "max_bad_steps", "max_bad_fraction",
 }  # fmt: skip
@@ -34,10 +34,12 @@ class RunLog:
             with (self.run / "log.txt").open("a") as file:
                 file.write(line + "\n")
 
-    def figures(self, **values: float) -> None:
+    def report(self, **figures: float) -> None:
+        """One line of figures, and the same as a line of `log.jsonl`."""
         if not self.silent:
+            self.say("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
             with (self.run / "log.jsonl").open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(figures) + "\n")
 
 
 def find_run(cfg: Any) -> Path | None:
@@ -48,7 +50,9 @@ def find_run(cfg: Any) -> Path | None:
     if wanted != "auto":
         folder = Path(wanted).expanduser()
         if not (folder / "config.yaml").is_file():
-            raise UserError(f"resume_from_checkpoint: {folder} is no run folder (it has no config.yaml); or give auto, no")
+            raise UserError(
+                f"resume_from_checkpoint: {folder} is no run folder (it has no config.yaml); or give auto, no"
+            )
         return folder
     runs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
     return next((path.parent for path in runs if _lasting(OmegaConf.load(path)) == _lasting(to_yaml(cfg))), None)

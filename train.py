@@ -1,0 +1,291 @@
+"""Train Latte or Skip-DiT on video clips, or on clips with still images.
+
+    torchrun --standalone --nproc_per_node=8 train.py --config configs/ucf101/ucf101_train.yaml
+    python train.py --config configs/demo/demo_train.yaml                  # the demo's model, on a CPU
+    python train.py --config ... max_train_steps=1000 learning_rate=5e-5   # any option as key=value
+    python train.py --config ... --dry-run                                 # the resolved options and the model's size
+
+The same command continues where it was interrupted. All that is random (timesteps, noise, label drop, crops) comes from
+generators named by the seed and the number of the clip, so a run depends neither on how many processes share it nor on
+how often it was interrupted. Weights appear as `{run}/checkpoints/{step:07d}.pt` = {ema, model}.
+Letters: B clips of a process, F frames, K stills, C channels of the latents.
+"""
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from configs import TrainConfig, UserError, choice, load_config, to_yaml
+from datasets import ClipSampler, collate, get_dataset, load_batches
+from diffusion import Diffusion, create_diffusion
+from models import get_models
+from models.autoencoder import LatentCodec
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.latte import Latte, fastest_attention, init_skips_as_identity
+from tools.common import cli, runs
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter moves
+    "all": lambda name: True,
+    "skip": lambda name: name.startswith("skip_"),
+    "temporal": lambda name: name.startswith("blocks.") and int(name.split(".")[1]) % 2 == 1,
+}
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after warm-up -> share of the learning rate
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 + 0.5 * math.cos(math.pi * share),
+}
+
+
+def main() -> None:
+    args = cli.Parser(__doc__, TrainConfig).parse_args()
+    cfg = load_config(TrainConfig, args.config, args.overrides)
+    choice("mixed_precision", cfg.mixed_precision, list(DTYPES))
+    choice("train_only", cfg.train_only, list(TRAINABLE))
+    choice("lr_schedule", cfg.lr_schedule, list(LR_SCHEDULES))
+    choice("skip_init", cfg.skip_init, ["identity", "xavier"])
+    if args.dry_run:
+        with torch.device("meta"):
+            model = get_models(cfg)
+        print(f"{to_yaml(cfg)}# {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    else:
+        train(cfg)
+
+
+def train(cfg: TrainConfig) -> None:
+    """One run, from its first or its last saved step to `max_train_steps`."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=cfg.mixed_precision)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    assert world == runs.world_size(), "accelerate found fewer processes than torchrun started"
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.manual_seed(cfg.global_seed)  # the same first weights on every rank
+
+    dataset = get_dataset(cfg)
+    codec = None if cfg.latents_path else LatentCodec.from_pretrained(vae_folder(cfg), device)
+    diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
+    latte = get_models(cfg).to(device)
+    automatic = fastest_attention(device, DTYPES[cfg.mixed_precision])
+    latte.set_attention(automatic if cfg.attention_mode == "auto" else cfg.attention_mode)
+    latte.gradient_checkpointing = cfg.gradient_checkpointing
+    for name, parameter in latte.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and TRAINABLE[cfg.train_only](name))
+    trained = [p for p in latte.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    ema = AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+
+    run = shared_run(cfg, rank)
+    log = runs.RunLog(run, rank)
+    state = runs.newest_state(run, log)
+    if state:
+        latte.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        state = {"step": 0, "consumed": 0, "scaler": None}
+        if cfg.pretrained:
+            start_from_pretrained(latte, cfg, diffusion, codec, dataset, log)
+        ema.update_parameters(latte)  # the first update copies
+    if cfg.use_compile:
+        latte.compile(fullgraph=True)  # in place: the names of the weights stay
+    model, optimizer = accelerator.prepare(latte, optimizer)
+    if state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    first_step, consumed = state["step"] + 1, state["consumed"]  # clips of all processes so far
+    micro_batch = cfg.local_batch_size * world  # clips of all processes in one forward
+    sampler = ClipSampler(len(dataset), micro_batch, rank, world, cfg.global_seed, start=consumed)
+    batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction)
+    log.say(
+        f"{run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
+        f"{micro_batch * cfg.gradient_accumulation_steps} a step, steps {first_step} to {cfg.max_train_steps}"
+    )
+    stop, meter, bad_steps = StopSignal(accelerator), Meter(), 0
+    for step in range(first_step, cfg.max_train_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+
+        loss = torch.zeros((), device=device)
+        for micro in range(cfg.gradient_accumulation_steps):
+            first = consumed + rank * cfg.local_batch_size
+            last = micro == cfg.gradient_accumulation_steps - 1
+            with nullcontext() if last else accelerator.no_sync(model):  # the ranks' gradients meet in the last one
+                losses = clip_losses(model, diffusion, codec, next(batches), first, cfg, device)
+                share = losses.mean() / cfg.gradient_accumulation_steps
+                accelerator.backward(share)
+            loss += share.detach()
+            consumed += micro_batch
+        norm = accelerator.clip_grad_norm_(trained, cfg.clip_max_norm if step >= cfg.start_clip_iter else math.inf)
+        loss, norm = accelerator.reduce(loss, "mean").item(), float(norm)
+
+        finite = math.isfinite(loss) and math.isfinite(norm)  # alike on all ranks: both come from all of them
+        if finite or accelerator.scaler:  # a gradient scaler skips the step itself, and lowers its scale
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if finite:
+            ema.update_parameters(latte)
+        bad_steps = 0 if finite else bad_steps + 1
+        if not finite:
+            log.say(f"step {step}: skipped, loss {loss}, gradient norm {norm}")
+        if bad_steps == cfg.max_bad_steps:
+            raise UserError(
+                f"{bad_steps} steps in a row had no finite loss and gradient (max_bad_steps): lower learning_rate or "
+                f"clip from the start (start_clip_iter=0); the last good weights are in {run / 'checkpoints'}"
+            )
+
+        meter.add(loss)
+        finished, interrupted = step == cfg.max_train_steps, stop.requested()
+        if step % cfg.log_every == 0 or finished:
+            epoch, remaining = consumed / len(dataset), cfg.max_train_steps - step
+            figures = meter.read(micro_batch * cfg.gradient_accumulation_steps, remaining)
+            log.report(step=step, epoch=epoch, gradient_norm=norm, lr=learning_rate(cfg, step), **figures)
+        save_weights = step % cfg.ckpt_every == 0 or finished
+        if rank == 0 and (save_weights or interrupted):
+            weights = latte.state_dict()
+            if save_weights:
+                path = run / "checkpoints" / f"{step:07d}.pt"
+                save_checkpoint(path, ema=ema.module.state_dict(), model=weights)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+            progress = dict(consumed=consumed, optimizer=optimizer.state_dict(), scaler=scaler)
+            runs.save_state(run, step, cfg.keep_resume_states, model=weights, ema=ema.state_dict(), **progress)
+            log.say(f"step {step}: saved")
+        if interrupted:
+            log.say("stopped by a signal; the same command continues")
+            break
+    accelerator.end_training()
+
+
+def clip_losses(
+    model: torch.nn.Module,
+    diffusion: Diffusion,
+    codec: LatentCodec | None,
+    batch: dict,
+    first: int,
+    cfg: TrainConfig,
+    device: torch.device,
+) -> Tensor:
+    """The loss of each clip of a batch, (B,), all in `device`'s fp32.
+
+    Clip number `first` + i of the run draws from a generator of its own: posterior noise, t, noise, two label coins.
+    """
+    mean, std = latent_moments(batch["video"].to(device), codec)  # (B, F+K, C, h, w)
+    B = len(mean)
+    t = torch.empty(B, dtype=torch.int64, device=device)
+    posterior_noise, noise, coins = torch.empty_like(mean), torch.empty_like(mean), torch.empty(B, 2, device=device)
+    for i in range(B):
+        generator = torch.Generator(device).manual_seed(clip_seed(cfg.global_seed, first + i))
+        posterior_noise[i].normal_(generator=generator)
+        t[i].random_(diffusion.num_timesteps, generator=generator)
+        noise[i].normal_(generator=generator)
+        coins[i].uniform_(generator=generator)
+
+    x = mean + std * posterior_noise
+    labels = {}
+    if cfg.num_classes is not None:
+        drop = coins < cfg.class_dropout_prob  # (B, 2): the clip's label, and those of its stills together
+        labels["y"] = torch.where(drop[:, 0], cfg.num_classes, batch["label"].to(device))
+        if cfg.use_image_num:
+            labels["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, batch["image_labels"].to(device))  # (B, K)
+    return diffusion.training_losses(model, x, t, labels, noise)["loss"]
+
+
+def latent_moments(video: Tensor, codec: LatentCodec | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a batch's latents, from pixels, or from the moments encoded before the training."""
+    return codec.moments(video) if codec else video.float().chunk(2, dim=2)
+
+
+def clip_seed(seed: int, number: int) -> int:
+    """The seed of what is random about the run's clip `number`."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(cfg: TrainConfig, step: int) -> float:
+    """The learning rate of step 1, 2, ...: linear warm-up, then `lr_schedule` down to max_train_steps."""
+    if step <= cfg.lr_warmup_steps:
+        return cfg.learning_rate * step / cfg.lr_warmup_steps
+    share = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
+    return cfg.learning_rate * LR_SCHEDULES[cfg.lr_schedule](share)
+
+
+def start_from_pretrained(
+    latte: Latte, cfg: TrainConfig, diffusion: Diffusion, codec: LatentCodec | None, dataset: Dataset, log: runs.RunLog
+) -> None:
+    """Load `cfg.pretrained`; where it is a Latte without skips, start the skip branches as `cfg.skip_init` says."""
+    absent = load_checkpoint(latte, cfg.pretrained, optional="skip_")
+    log.say(f"started from {cfg.pretrained}" + (f", skip branches from skip_init={cfg.skip_init}" if absent else ""))
+    if absent and cfg.skip_init == "identity":
+        batch = collate([dataset[0, i % len(dataset)] for i in range(8)])
+        x, _ = latent_moments(batch["video"].to(latte.pos_embed.device), codec)
+        x = x[:, : cfg.num_frames]
+        t = torch.linspace(0, diffusion.num_timesteps - 1, len(x), device=x.device).long()
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.global_seed)).to(x)
+        y = None if cfg.num_classes is None else batch["label"].to(x.device)
+        init_skips_as_identity(latte, diffusion.q_sample(x, t, noise), t, y)
+
+
+def shared_run(cfg: TrainConfig, rank: int) -> Path:
+    """The run folder to continue or a new one, the same on every rank."""
+    run = [runs.find_run(cfg) or runs.create_run(cfg)] if rank == 0 else [None]
+    return broadcast_object_list(run)[0]
+
+
+def vae_folder(cfg: TrainConfig) -> Path:
+    return Path(cfg.pretrained_model_path or "", cfg.vae)
+
+
+class Meter:
+    """What a report line says of the steps since the last one."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.since = time.monotonic()
+
+    def add(self, loss: float) -> None:
+        self.losses.append(loss)
+
+    def read(self, clips: int, remaining: int) -> dict[str, float]:
+        """Mean loss, steps/s, clips/s (`clips` a step), GB of memory at the peak, hours for the `remaining` steps."""
+        now = time.monotonic()
+        rate = len(self.losses) / (now - self.since)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        figures = dict(loss=float(np.nanmean(self.losses)), steps_per_s=rate, clips_per_s=rate * clips)
+        self.losses, self.since = [], now
+        return figures | dict(memory_gb=peak, hours_left=remaining / rate / 3600)
+
+
+class StopSignal:
+    """Whether any process of the run was asked to end (SIGTERM, Ctrl-C); the training then saves first."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.here = accelerator, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.here = True
+
+    def requested(self) -> bool:
+        """Asks all ranks: signals reach them at different steps."""
+        flag = torch.tensor(float(self.here), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
