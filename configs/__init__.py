@@ -61,7 +61,7 @@ class DiffusionOptions:
 class CacheOptions:
     """Skip-Cache: which steps run in full, and how many layers at each end always run."""
 
-    interval: int = 1  # N: every N-th step is full; 1: no cache
+    interval: int | None = None  # N: every N-th step is full; 1: no cache; None: as in the model's name, -cache-N
     start: int = 900  # steps with t >= start are full (t: original timestep, 0 ... 999)
     stop: int = 50  # after a step with t < stop the cache is emptied
     depth: int = 1  # b: outer layers at each end that run on every step

@@ -1,0 +1,40 @@
+"""Multiply-adds (MACs) of a model's steps, counted without computing them.
+
+Ours are torch's flop counter divided by two: all matrix products and convolutions, those of the attention included.
+(The paper leaves the attention's out, and counts the conditioning once a frame and token.)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import get_models
+from models.skip_cache import cached_step, full_step
+
+
+@dataclass(frozen=True)
+class StepMacs:
+    """MACs of one step on one sample, without guidance (which doubles them)."""
+
+    full: int
+    cached: int  # of a model without skips: full
+
+
+def step_macs(options: Any, depth: int = 1) -> StepMacs:
+    """What a full step and a cached step with `depth` outer layers cost, for the model of `options` (see get_models)."""
+    with torch.device("meta"):
+        model = get_models(options)
+        x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
+        t = torch.empty(1, dtype=torch.long)
+        y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
+    model.set_attention("math")  # the counter does not see inside the fused kernel
+
+    with torch.no_grad(), FlopCounterMode(display=False) as full:
+        _, deep = full_step(model, depth, x, t, y)
+    if not model.num_skips:
+        return StepMacs(full.get_total_flops() // 2, full.get_total_flops() // 2)
+    with torch.no_grad(), FlopCounterMode(display=False) as cached:
+        cached_step(model, depth, x, t, y, deep)
+    return StepMacs(full.get_total_flops() // 2, cached.get_total_flops() // 2)
