@@ -17,22 +17,25 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         doc: the program's docstring, shown by --help as it stands.
-        schema: the dataclass of the program's options; --help lists them, and a flag named like one is explained.
+        schema: the dataclass of the program's options, or None: no --config and no key=value pairs. --help lists its
+            keys, and a flag named like one is explained.
         config: the default YAML file.
     """
 
     def __init__(self, doc: str, schema: type | None = None, config: str | None = None):
-        keys = [field.name for field in dataclasses.fields(schema)] if schema else []
+        self.keys = [field.name for field in dataclasses.fields(schema)] if schema else []
         super().__init__(
             description=doc,
-            epilog=textwrap.fill("keys: " + " ".join(keys), 100) if keys else None,
+            epilog=textwrap.fill("keys: " + " ".join(self.keys), 100) if schema else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.keys = keys
-        self.add_argument("--config", default=config, metavar="YAML", help=f"options of the run (default: {config})")
         self.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the YAML file")
+        if schema:
+            self.add_argument(
+                "--config", default=config, metavar="YAML", help="options of the run (default: %(default)s)"
+            )
+            self.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the YAML file")
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """Flags and key=value pairs in any order."""
