@@ -1,0 +1,93 @@
+"""Videos <-> latents through a diffusers AutoencoderKL, a few frames at a time.
+
+Letters: B batch, F frames, H = W pixels of a side, C = 4 latent channels, h = w = H / downsample.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import Tensor
+
+from configs import UserError
+
+
+class LatentCodec:
+    """A frozen image VAE applied to every frame of a video.
+
+    Latents are multiplied by the VAE's own scaling_factor, so that their standard deviation is about 1. At most
+    `chunk_frames` frames pass the VAE at once: memory does not grow with the batch, and the result is the same.
+    """
+
+    def __init__(self, vae: AutoencoderKL, chunk_frames: int = 16):
+        self.vae = vae.eval().requires_grad_(False)
+        self.scale: float = vae.config.scaling_factor
+        self.chunk_frames = chunk_frames
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        chunk_frames: int = 16,
+    ) -> "LatentCodec":
+        """The VAE in a diffusers folder (config.json and .safetensors or .bin weights), computing in `dtype`.
+
+        Raises:
+            UserError: no such folder, damaged weights, or weights of another model. Nothing in the files is executed.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path to yours")
+        try:
+            vae, info = AutoencoderKL.from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                use_safetensors=(folder / SAFETENSORS_WEIGHTS_NAME).is_file(),  # otherwise .bin, read weights_only
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot load the VAE in {folder}: {' '.join(str(error).split())[:200]}") from None
+        # diffusers fills what is missing with random weights and only warns
+        if misfits := info["missing_keys"] + info["unexpected_keys"] + info["mismatched_keys"]:
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {len(misfits)} names, as {misfits[0]}"
+            )
+        return cls(vae.to(device), chunk_frames)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a side per latent of a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def moments(self, videos: Tensor) -> tuple[Tensor, Tensor]:
+        """Videos (B, F, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, (B, F, C, h, w) each."""
+
+        def encode(frames: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, h, w)
+            posterior = self.vae.encode(frames).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1) * self.scale
+
+        mean, std = self._by_chunks(encode, videos).chunk(2, dim=2)
+        return mean, std
+
+    def encode(self, videos: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Videos (B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w): the mean, or a draw given its noise `eps`."""
+        mean, std = self.moments(videos)
+        return mean if eps is None else mean + std * eps
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, F, C, h, w) -> videos (B, F, 3, H, W) in [-1, 1]."""
+        return self._by_chunks(lambda z: self.vae.decode(z / self.scale).sample.clamp(-1, 1), latents)
+
+    @torch.no_grad()  # not inference_mode: what comes out is input to training
+    def _by_chunks(self, function: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
+        """`function` on the frames of (B, F, ...), `chunk_frames` at a time, in the VAE's dtype; returns fp32."""
+        frames = videos.flatten(0, 1)  # (B F, ...)
+        chunks = [function(chunk.to(self.vae.dtype)).float() for chunk in frames.split(self.chunk_frames)]
+        return torch.cat(chunks).unflatten(0, videos.shape[:2])
