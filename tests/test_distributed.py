@@ -1,0 +1,67 @@
+"""tools/common/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tools.common.distributed import distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from configs import UserError
+from tools.common import cli
+from tools.common.distributed import distributed
+
+def main():
+    with distributed() as env:
+        BODY
+
+cli.run(main)
+"""
+
+
+def launch(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
+    """Runs `body` in two processes on the CPU."""
+    (tmp_path / "program.py").write_text(PROGRAM.replace("BODY", body))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*torchrun, str(tmp_path / "program.py")], env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_two_processes_meet(tmp_path):
+    """Each has its rank, sums reach both, the barrier passes, and both leave without a complaint."""
+    body = "x = torch.tensor([env.rank + 1]); dist.all_reduce(x); env.barrier(); print(env, x.item(), env.is_main)"
+    result = launch(tmp_path, body)
+    assert result.returncode == 0, result.stderr
+    lines = sorted(result.stdout.split("\n")[:-1])
+    assert [line.startswith(f"Environment(rank={rank}, world_size=2") for rank, line in enumerate(lines)] == [True] * 2
+    assert [line.endswith(f" 3 {rank == 0}") for rank, line in enumerate(lines)] == [True] * 2
+    assert "Warning" not in result.stderr.replace("FutureWarning", "")
+
+
+def test_alone_there_is_no_process_group():
+    with distributed() as env:
+        env.barrier()
+        assert (env.rank, env.world_size, env.is_main, dist.is_initialized()) == (0, 1, True, False)
+
+
+def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
+    """Rank 1 fails while rank 0 waits for it: the program ends at once, and says why."""
+    start = time.monotonic()
+    result = launch(tmp_path, "env.rank and cli.sys.exit('rank 1 died'); env.barrier(); time.sleep(100)")
+    assert result.returncode == 1 and "rank 1 died" in result.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_a_user_error_of_every_process_is_said_once(tmp_path):
+    result = launch(tmp_path, "raise UserError('no such file')")
+    assert result.returncode == 1 and result.stderr.count("error: no such file") == 1, result.stderr

@@ -1,0 +1,60 @@
+"""One process alone, or one of many under torchrun: `with distributed() as env: ...`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configs import UserError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among the others, and the device it works on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environment]:
+    """Joins the process group that torchrun started (nccl on CUDA, gloo on a CPU), or stands alone without one.
+
+    A process that raises leaves at once: it neither waits for the others nor takes the group apart with them, so
+    torchrun sees it die and ends the rest.
+
+    Args:
+        timeout: how long a process waits for another before it gives up.
+
+    Raises:
+        UserError: more processes on this node than GPUs.
+    """
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} has no GPU: start at most {torch.cuda.device_count()} on this node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    environment = Environment(int(os.environ.get("RANK", 0)), world_size, device)
+    yield environment
+    environment.barrier()
+    if world_size > 1:
+        dist.destroy_process_group()
