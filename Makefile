@@ -1,0 +1,22 @@
+# make demo   class-conditional videos from the checkpoint in pretrained/demo, without and with Skip-Cache
+# make test   ruff and pytest
+# Both need Python 3.11 or newer and first install requirements.txt into .venv: once, and again when that file changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test
+
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash sample/scripts/demo/demo.sh
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
