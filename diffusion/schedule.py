@@ -112,9 +112,8 @@ class Schedule:
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The (K, N) fp32 coefficients and the (N,) int64 original timesteps, copied to a device once."""
         if device not in self._on_device:
-            with torch.inference_mode(False):  # else a preview during training would leave tables autograd refuses
-                coefficients = torch.from_numpy(self._tables).float().to(device)
-                self._on_device[device] = coefficients, torch.tensor(self.timestep_map, device=device)
+            coefficients = torch.from_numpy(self._tables).float().to(device)
+            self._on_device[device] = coefficients, torch.tensor(self.timestep_map, device=device)
         return self._on_device[device]
 
     def at(self, t: Tensor, x: Tensor) -> Coefficients:

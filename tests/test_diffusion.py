@@ -227,6 +227,17 @@ def test_fixed_variance_has_mse_only():
     assert seen["t"].tolist() == [0, 999] and seen["y"] is labels
 
 
+@pytest.mark.parametrize("sigma_small", [False, True])
+def test_fixed_variance_at_the_first_timestep(sigma_small):
+    """beta or the posterior's variance, and at t = 0, where the latter is zero, that of t = 1."""
+    diffusion = fixed("10", sigma_small=sigma_small)
+    p = diffusion.p_mean_variance(GaussianDenoiser(), torch.randn(3, 1, 4, 2, 2), torch.tensor([0, 1, 5]))
+    expected = diffusion.posterior_variance if sigma_small else diffusion.betas
+    expected = [diffusion.posterior_variance[1], expected[1], expected[5]]
+    np.testing.assert_allclose(p["variance"].amax((1, 2, 3, 4)).numpy(), expected, rtol=1e-5)
+    torch.testing.assert_close(p["variance"].log(), p["log_variance"])
+
+
 # Samplers
 
 
@@ -509,23 +520,33 @@ def test_loops_run_on_meta_tensors(method, learn_sigma):
     assert len(model.denoiser.calls) == 2 * 50
 
 
-def test_loop_copies_nothing_to_the_device(monkeypatch):
-    """Between the first call of the denoiser and the last nothing asks for a copy to another device."""
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_loop_copies_nothing_to_the_device(method, monkeypatch):
+    """Tables and noise levels are on the device before the first step; from there on nothing is copied to it."""
     diffusion, model = create_diffusion("10"), GaussianDenoiser(learn_sigma=True)
     model.alphas_cumprod = model.alphas_cumprod.to("meta")
-    for method in SAMPLERS:
-        steps = diffusion.sample_loop_progressive(model, SHAPE, device="meta", method=method, eta=1.0)
-        next(steps)
-        with monkeypatch.context() as patch:
-            original = Tensor.to
+    read_output, copy = diffusion.p_mean_variance, Tensor.to
 
-            def to(self, *args, original=original, **kwargs):
-                result = original(self, *args, **kwargs)
-                assert result.device == self.device, "copied to another device inside the loop"
-                return result
+    def checked_copy(self, *args, **kwargs):
+        result = copy(self, *args, **kwargs)
+        assert result.device == self.device, "copied to another device inside the loop"
+        return result
 
-            patch.setattr(Tensor, "to", to)
-            assert len(list(steps)) == 9
+    def first_thing_in_a_step(*args):
+        monkeypatch.setattr(Tensor, "to", checked_copy)
+        return read_output(*args)
+
+    monkeypatch.setattr(diffusion, "p_mean_variance", first_thing_in_a_step)
+    assert diffusion.sample_loop(model, SHAPE, device="meta", method=method, eta=1.0).is_meta
+    assert len(model.calls) == 10 and Tensor.to is checked_copy
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_loop_records_no_graph(method):
+    """A denoiser with weights leaves no autograd graph in the samples."""
+    weight, model = torch.nn.Parameter(torch.ones(())), GaussianDenoiser()
+    steps = fixed(3).sample_loop_progressive(lambda x, t: weight * model(x, t), SHAPE, method=method)
+    assert not any(step["sample"].requires_grad or step["pred_xstart"].requires_grad for step in steps)
 
 
 def test_progress_bar_names_the_method(capsys):
