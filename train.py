@@ -204,7 +204,7 @@ def clip_losses(
 
 
 def latent_moments(video: Tensor, codec: LatentCodec | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a batch's latents, from pixels, or from the moments encoded before the training."""
+    """Mean and standard deviation of a batch's latents, from pixels or from moments encoded before the training."""
     return codec.moments(video) if codec else video.float().chunk(2, dim=2)
 
 

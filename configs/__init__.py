@@ -117,6 +117,7 @@ class DataOptions:
     frame_data_txt: str | None = path_option()  # their list file; None: the videos' own frames
     frame_interval: int = 3  # frames from one to the next of a clip
     use_image_num: int = 0  # stills per clip (joint image-video training)
+    horizontal_flip: bool | None = None  # mirror half of the clips; None: as published for the data set
     video_reader: str = "decord"  # decord | pyav
     max_bad_fraction: float = 0.1  # stop when more of the files seen than this cannot be used
     latents_path: str | None = path_option()  # latents encoded before the training; None: encode while training
@@ -124,13 +125,13 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOptions, DataOptions):
-    """Options of train.py. The sampler's are those of the preview videos."""
+class TrainConfig(ModelOptions, DiffusionOptions, AutoencoderOptions, DataOptions):
+    """Options of train.py and of tools/encode_latents.py."""
 
     results_dir: str = path_option("./results")
     pretrained: str | None = path_option()  # weights to start from, of Skip-DiT or of Latte
     skip_init: str = "identity"  # skip branches for a Latte checkpoint: identity (they pass x on) | xavier
-    resume_from_checkpoint: str | None = None  # auto: the newest run of the same config | a run's folder | None
+    resume_from_checkpoint: str = "auto"  # auto: the newest run of the same options | a run's folder | no: a new run
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"  # constant | linear | cosine, after lr_warmup_steps
     lr_warmup_steps: int = 0
@@ -150,10 +151,6 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     log_every: int = 100
     ckpt_every: int = 10_000
     keep_resume_states: int = 2  # resume states kept (weights for sampling are all kept)
-    preview_every: int = 0  # steps between preview videos; 0: none
-    preview_seeds: int = 4
-    validation_every: int = 0  # steps between losses on a fixed batch at fixed noise; 0: none
-    validation_path: str | None = path_option()  # clips that are not trained on, laid out as data_path
 
 
 ALIASES = {  # the original's keys -> ours
@@ -167,6 +164,7 @@ INERT = {  # the original's keys that do nothing here, and why
     "enable_xformers_memory_efficient_attention": "attention_mode: auto picks the fastest",
     "run_time": "videos are counted by num_fvd_samples",
     "num_sample": "videos are counted by num_fvd_samples, or samples_per_class",
+    "num_sampling_steps": "the number of steps is chosen when sampling",
     "negative_name": "the null label comes from num_classes",
     "frame_interval": "clips are sampled at the interval of their training",
 }

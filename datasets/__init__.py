@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from configs import UserError, choice, require_path
 from datasets.clips import ClipDataset, class_folders, find_frame_folders, find_videos, read_frame_folder, read_video
 from datasets.joint import WithStills, read_frame_list
+from datasets.latents import check_latents, find_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
 from datasets.sampler import ClipSampler
+from datasets.transforms import fit
 
 __all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "get_dataset", "load_batches"]
 
@@ -22,7 +24,7 @@ __all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "g
 class Source:
     """How a data set is laid out and augmented."""
 
-    files: str  # "video": files of one video each; "frames": folders of images, one video each
+    files: str  # "video": files of one video each; "frames": folders of images, one video each; "latents": of either
     has_classes: bool  # data_path holds a folder for each class
     flip: bool  # mirrored half of the time
 
@@ -50,17 +52,28 @@ def get_dataset(args: Any) -> Dataset:
     choice("video_reader", args.video_reader, ["decord", "pyav"])
     if args.dataset.endswith("_img") and not args.use_image_num:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
-    root = require_path(args, "data_path")
+    if args.latents_path:
+        check_latents(args)
+        source, root = replace(source, files="latents"), Path(args.latents_path)
+    else:
+        root = require_path(args, "data_path")
     paths, labels = _labelled_clips(source, root, args)
+    flip = source.flip if args.horizontal_flip is None else args.horizontal_flip
+    read = {
+        "video": partial(read_video, reader=args.video_reader),
+        "frames": read_frame_folder,
+        "latents": read_latents,
+    }[source.files]
     clips = ClipDataset(
         paths,
         labels,
-        read=partial(read_video, reader=args.video_reader) if source.files == "video" else read_frame_folder,
+        read,
         num_frames=args.num_frames,
         frame_interval=args.frame_interval,
         image_size=args.image_size,
-        flip=source.flip,
+        flip=flip,
         seed=args.global_seed,
+        prepare=pick_variant if args.latents_path else fit,
     )
     if not args.use_image_num:
         return clips
@@ -75,7 +88,7 @@ def get_dataset(args: Any) -> Dataset:
 
 def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], list[int]]:
     """Every clip under `root` and its label, the place of its class folder in sorted order; 0 without classes."""
-    find = find_videos if source.files == "video" else find_frame_folders
+    find = {"video": find_videos, "frames": find_frame_folders, "latents": find_latents}[source.files]
     if args.num_classes is None:
         paths = find(root)
         labels = [0] * len(paths)
@@ -90,8 +103,8 @@ def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], 
     else:
         raise UserError(f"dataset: {args.dataset} has no classes; leave num_classes empty, not {args.num_classes}")
     if not paths:
-        kind = "video files" if source.files == "video" else "folders of images"
-        raise UserError(f"data_path: there are no {kind} under {root}")
+        kind = {"video": "video files", "frames": "folders of images", "latents": "files of latents"}[source.files]
+        raise UserError(f"{'latents_path' if args.latents_path else 'data_path'}: there are no {kind} under {root}")
     return paths, labels
 
 

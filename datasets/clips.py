@@ -25,6 +25,7 @@ MAX_TRIES = 100  # clips drawn in place of unusable ones before a read gives up
 
 Choose = Callable[[int], Sequence[int]]  # number of frames there are -> indices of those to read, increasing
 Read = Callable[[Path, Choose], torch.Tensor]
+Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # frames as read, image_size, flip -> what the item holds
 
 
 class BadClip(Exception):
@@ -117,14 +118,13 @@ def read_video(path: Path, choose: Choose, reader: str = "decord") -> torch.Tens
             packets = [
                 Packet(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.pts is not None
             ]
-            reorders = stream.codec_context.has_b_frames
-        times = sorted(p.pts for p in packets if not p.is_discard)  # by index of the frame
-        indices = choose(len(times))
-        frames = None
-        if reader == "decord" and _decord_is_exact(path.suffix.lower(), packets, reorders):
-            frames = _read_decord(path, indices)
-        if frames is None:
-            frames = _read_pyav(path, packets, [times[i] for i in indices])
+            times = sorted(p.pts for p in packets if not p.is_discard)  # by index of the frame
+            indices = choose(len(times))
+            frames = None
+            if reader == "decord" and _decord_is_exact(path.suffix.lower(), packets, stream.codec_context.has_b_frames):
+                frames = _read_decord(path, indices)
+            if frames is None:
+                frames = _read_pyav(container, packets, [times[i] for i in indices])
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:  # no video stream; frames that differ in size
         raise BadClip(f"does not decode ({type(error).__name__})") from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
@@ -158,30 +158,38 @@ def _read_decord(path: Path, indices: Sequence[int]) -> np.ndarray | None:
     return frames if frames.shape[-1] == 3 else None  # a rotated video comes out with four channels
 
 
-def _read_pyav(path: Path, packets: list[Packet], wanted: list[int]) -> np.ndarray:
+def _read_pyav(container: av.container.InputContainer, packets: list[Packet], wanted: list[int]) -> np.ndarray:
     """The frames shown at the times `wanted`, (F, H, W, 3) uint8."""
     keyframe = max((p for p in packets if p.is_keyframe and p.pts <= wanted[0]), default=packets[0])
-    seek_time = keyframe.pts if keyframe.dts is None else keyframe.dts
-    for start in (seek_time, None):  # None, the whole file: in MPEG-PS a seek can miss its keyframe
-        frames = _decode(path, start, wanted)
-        if len(frames) == len(wanted):
-            return np.stack(frames)
-    raise BadClip("does not decode (frames are missing)")
+    container.seek(keyframe.pts if keyframe.dts is None else keyframe.dts, stream=container.streams.video[0])
+    frames = _decode(container, wanted)
+    if len(frames) < len(wanted):  # in MPEG-PS a seek can miss its keyframe: from the start of the file
+        with av.open(container.name) as unread:
+            frames = _decode(unread, wanted)
+    if len(frames) < len(wanted):
+        raise BadClip("does not decode (frames are missing)")
+    return np.stack(frames)
 
 
-def _decode(path: Path, start: int | None, wanted: list[int]) -> list[np.ndarray]:
-    """The frames shown at the times `wanted`, decoding from the keyframe at time `start`, or from the file's start."""
-    frames, wanted_times = [], set(wanted)
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        if start is not None:
-            container.seek(start, stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts in wanted_times:
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-            if frame.pts is not None and frame.pts >= wanted[-1]:
-                break
-    return frames
+def _decode(container: av.container.InputContainer, wanted: list[int]) -> list[np.ndarray]:
+    """Those of the frames shown at the times `wanted` that decode from where `container` stands, in order."""
+    images, waiting = {}, set(wanted)
+    stream = container.streams.video[0]
+    codec = stream.codec_context
+    codec.thread_count = 1  # the loader's workers are the parallelism
+    for packet in container.demux(stream):
+        if codec.name == "h264":  # its packets say whether other frames build on them; the rest is skipped
+            codec.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
+        frames = packet.decode()
+        waiting.discard(packet.pts)
+        if not waiting:  # nothing needs a later packet: have the frames out that the decoder still holds
+            frames += codec.decode(None)
+        for frame in frames:
+            if frame.pts in wanted:
+                images[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        if not waiting:
+            break
+    return [images[pts] for pts in sorted(images)]
 
 
 def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:
@@ -256,8 +264,9 @@ class ClipDataset(Dataset):
         image_size: int,
         flip: bool,
         seed: int,
+        prepare: Prepare = fit,
     ):
-        self.paths, self.labels, self.read = paths, labels, read
+        self.paths, self.labels, self.read, self.prepare = paths, labels, read, prepare
         self.num_frames, self.frame_interval, self.image_size = num_frames, frame_interval, image_size
         self.flip, self.seed = flip, seed
 
@@ -280,4 +289,4 @@ class ClipDataset(Dataset):
 
         frames, index, skipped = read_usable(self.paths, index, read, rng)
         flip = self.flip and rng.random() < 0.5
-        return fit(frames, self.image_size, flip), index, skipped
+        return self.prepare(frames, self.image_size, flip), index, skipped

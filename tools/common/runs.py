@@ -1,4 +1,4 @@
-"""Run folders of a training: `{results_dir}/{index:03d}-{model}-{dataset}/`, their logs, and the state to resume from."""
+"""Run folders of a training, `{results_dir}/{index:03d}-{model}-{dataset}/`: logs, and the state to resume from."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class RunLog:
 
 
 def find_run(cfg: Any) -> Path | None:
-    """The run to continue, as `cfg.resume_from_checkpoint` says: auto (the newest of the same options), a folder, no."""
+    """The run to continue: for `resume_from_checkpoint: auto` the newest with the same options, or the folder given."""
     wanted = cfg.resume_from_checkpoint
     if wanted in (None, "no"):
         return None

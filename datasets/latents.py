@@ -1,0 +1,55 @@
+"""Latents encoded before the training by tools/encode_latents.py: a file for each video, laid out as the videos are.
+
+A file holds `moments` (N, V, 2C, h, w) fp16: mean and standard deviation of all N frames' latents, in V = 1 or 2
+variants (as they are, mirrored). Mean and deviation, so that training still draws from the posterior.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from configs import UserError, require_path
+from datasets.clips import BadClip, Choose
+
+SUFFIX = ".safetensors"
+RECORD = "latents.json"  # beside them: what they were made from
+
+
+def find_latents(root: Path) -> list[Path]:
+    """Every file of latents under `root`, at any depth, sorted."""
+    return sorted(root.rglob(f"*{SUFFIX}"))
+
+
+def read_latents(path: Path, choose: Choose) -> torch.Tensor:
+    """The moments of the chosen frames, (F, V, 2C, h, w); the rest of the file stays on disk.
+
+    Raises:
+        BadClip: the file is damaged, or `choose` refuses it.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            moments = file.get_slice("moments")
+            frames = [moments[i : i + 1] for i in choose(moments.get_shape()[0])]
+    except (SafetensorError, OSError) as error:
+        raise BadClip(f"is no file of latents: {error}") from error
+    return torch.from_numpy(np.concatenate(frames))
+
+
+def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
+    """(F, V, 2C, h, w) -> (F, 2C, h, w): the mirrored variant or the other; `transforms.fit` for latents."""
+    return moments[:, int(flip)]
+
+
+def check_latents(args: Any) -> None:
+    """Raise UserError unless the latents at `args.latents_path` were made for the data set and size of `args`."""
+    record = require_path(args, "latents_path") / RECORD
+    if not record.is_file():
+        raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
+    made = json.loads(record.read_text())
+    for key in ("dataset", "image_size", "horizontal_flip"):
+        if made[key] != getattr(args, key):
+            raise UserError(f"latents_path: {record.parent} was made with {key}={made[key]}, not {getattr(args, key)}")
