@@ -100,7 +100,7 @@ def frame_list(tmp_path_factory, clips) -> Path:
 def options(dataset: str, root: Path, **changes) -> SimpleNamespace:
     values = dict(dataset=dataset, data_path=str(root), frame_data_path=None, frame_data_txt=None)
     values |= dict(num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE, use_image_num=0, num_classes=None)
-    values |= dict(global_seed=7, video_reader="decord", max_bad_fraction=0.9)
+    values |= dict(global_seed=7, video_reader="decord", max_bad_fraction=0.9, latents_path=None, horizontal_flip=None)
     return SimpleNamespace(**(values | changes))
 
 
@@ -161,6 +161,16 @@ def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path, clips):
     assert len(every) < 48 - 12
     frames = read_video(tmp_path / "cut.mp4", lambda total: [0, 7, total - 1])
     assert torch.equal(frames, torch.from_numpy(every[[0, 7, len(every) - 1]]).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+def test_a_video_filmed_with_the_camera_turned_stands_upright(tmp_path, clips, reader):
+    write_video(tmp_path / "lying.mp4", clips[1], "libx264")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", "lying.mp4"]
+    subprocess.run([*command, "-c", "copy", "turned.mp4"], cwd=tmp_path, check=True)
+    upright = np.rot90(decode(tmp_path / "turned.mp4"), axes=(1, 2))
+    frames = read_video(tmp_path / "turned.mp4", lambda total: range(total), reader)
+    assert torch.equal(frames, torch.from_numpy(upright.copy()).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("reader", ["decord", "pyav"])
