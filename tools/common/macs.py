@@ -23,7 +23,7 @@ class StepMacs:
 
 
 def step_macs(options: Any, depth: int = 1) -> StepMacs:
-    """What a full step and a cached step with `depth` outer layers cost, for the model of `options` (see get_models)."""
+    """What a full step and a cached step with `depth` outer layers cost; `options` are those of get_models."""
     with torch.device("meta"):
         model = get_models(options)
         x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
@@ -38,3 +38,9 @@ def step_macs(options: Any, depth: int = 1) -> StepMacs:
     with torch.no_grad(), FlopCounterMode(display=False) as cached:
         cached_step(model, depth, x, t, y, deep)
     return StepMacs(full.get_total_flops() // 2, cached.get_total_flops() // 2)
+
+
+def readable(macs: int) -> str:
+    """1938926813184 -> 1.94 TMACs."""
+    size, unit = next((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1, "")) if macs >= size)
+    return f"{macs / size:.3g} {unit}MACs"

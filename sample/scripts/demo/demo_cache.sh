@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# 70 clips of the demo's model, with Skip-Cache. Any option can follow: --dry-run, num_fvd_samples=14, ...
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+exec bash "$here/../launch.sh" demo/demo_sample.yaml save_video_path="$here/../../../sample_videos/demo_cache" --cache N2 "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# 2048 clips of FaceForensics by Latte, without skip branches. Any option can follow: --dry-run, num_fvd_samples=16, ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" ffs/ffs_sample_origin.yaml "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# 2048 clips of SkyTimelapse by Latte, without skip branches. Any option can follow: --dry-run, num_fvd_samples=16, ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" sky/sky_sample_origin.yaml "$@"

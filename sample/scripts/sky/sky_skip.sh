@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# 2048 clips of SkyTimelapse by Skip-DiT, every step in full. Any option can follow: --dry-run, num_fvd_samples=16, ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" sky/sky_sample_skip.yaml "$@"

@@ -1,0 +1,213 @@
+"""sample/pipeline.py: seeds name clips, runs share nothing, and nothing in a run waits for the device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs import CacheOptions, SampleConfig, UserError, load_config
+from models import get_models
+from models.skip_cache import SkipCache, interval_plan
+from sample import pipeline
+from sample.pipeline import Pipeline, generate, load, make_diffusion, resolve, sample_latents
+from tests.conftest import save_random_weights
+from tools.common.macs import step_macs
+
+CPU = torch.device("cpu")
+N2 = CacheOptions(interval=2, start=900, stop=50, depth=1)
+
+
+def options(tiny, *overrides: str) -> SampleConfig:
+    return resolve(load_config(SampleConfig, tiny, overrides), CPU)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny) -> Pipeline:
+    return load(options(tiny), CPU)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_videos_are_in_range_and_shape(pipe):
+    videos = generate(pipe, [0, 1], [2, 0])
+    assert videos.shape == (2, 4, 3, 32, 32) and videos.dtype == torch.float32
+    assert videos.abs().max() <= 1
+
+
+def test_interval_1_equals_uncached_bit_for_bit(pipe):
+    """SkipCache with a plan of full steps gives every bit of the model itself, guidance included."""
+    plan = interval_plan(pipe.diffusion.timestep_map[::-1], interval=1)
+    cached = replace(pipe, uncached=SkipCache(pipe.model, plan))
+    assert torch.equal(sample_latents(cached, [5], [1]), sample_latents(pipe, [5], [1]))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("cache", [None, N2], ids=["uncached", "N2"])
+def test_a_seed_names_a_clip_at_any_batch_size(tiny, pipe, method, cache):
+    pipe = replace(pipe, cfg=replace(pipe.cfg, sample_method=method))
+    together = sample_latents(pipe, [7, 8, 9], [0, 1, 2], cache)
+    for i, seed in enumerate([7, 8, 9]):
+        assert relative(sample_latents(pipe, [seed], [i], cache)[0], together[i]) < 1e-4
+    assert relative(together[0], together[1]) > 0.1  # and seeds differ
+
+
+def test_a_cached_run_differs_from_its_uncached_twin_but_stays_near(pipe):
+    uncached, cached = (sample_latents(pipe, [3], [0], cache) for cache in (None, N2))
+    assert 0 < relative(cached, uncached) < 1
+
+
+def test_two_caches_on_one_model_share_nothing(pipe):
+    """Two runs that take turns, step by step, give what each gives alone, though their batches differ."""
+    alone = [sample_latents(pipe, [0], [1], N2), sample_latents(pipe, [1, 2], [0, 2], N2)]
+    plan = pipeline.plan_steps(pipe.diffusion, N2)
+
+    def progressive(seeds, labels):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        denoiser = pipeline.Guided(SkipCache(pipe.model, plan), pipe.cfg.cfg_scale, pipe.model.num_classes)
+        shape, kwargs = (len(seeds), 4, 4, 4, 4), {"y": torch.tensor(labels)}
+        return pipe.diffusion.ddim_sample_loop_progressive(denoiser, shape, None, False, kwargs, generators=generators)
+
+    for a, b in zip(progressive([0], [1]), progressive([1, 2], [0, 2]), strict=True):
+        last = a["sample"], b["sample"]
+    assert torch.equal(last[0], alone[0]) and torch.equal(last[1], alone[1])
+
+
+def test_an_aborted_run_leaves_nothing_behind(pipe):
+    """A run of another batch size dies after its cache was filled; the next run is as if it never was."""
+    before = sample_latents(pipe, [4], [1], N2)
+    state = set(vars(pipe.model)), set(vars(pipe.model.blocks[0]))
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_latents(replace(pipe, steps=(pipe.steps[0], dies)), [1, 2, 3], [0, 0, 0], N2)
+    assert torch.equal(sample_latents(pipe, [4], [1], N2), before)
+    assert state == (set(vars(pipe.model)), set(vars(pipe.model.blocks[0])))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_the_loop_never_waits_for_the_device(tiny, monkeypatch, method):
+    """The whole cached and guided loop runs on meta tensors, where reading a value raises."""
+    cfg = options(tiny, f"sample_method={method}", "cache.interval=2", "attention_mode=math")
+    with torch.device("meta"):
+        model = get_models(cfg)
+    pipe = Pipeline(cfg, model, None, make_diffusion(cfg), torch.device("meta"), model)
+    host = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: host())  # meta has no generators
+    assert sample_latents(pipe, [0, 1], [2, 0]).shape == (2, 4, 4, 4, 4)
+
+
+@pytest.mark.slow
+def test_compiled_loop_equals_eager(tiny, tmp_path):
+    """use_compile compiles what is called, as one graph each: the full and the cached step, or the model."""
+    cfg = options(tiny, "depth=4", f"ckpt={tmp_path}/two_layers.safetensors", "use_compile=true")
+    save_random_weights(get_models(cfg), cfg.ckpt)
+    compiled, eager = load(cfg, CPU), load(replace(cfg, use_compile=False), CPU)
+    for cache in (None, N2):
+        assert relative(sample_latents(compiled, [0], [1], cache), sample_latents(eager, [0], [1], cache)) < 1e-4
+
+
+def test_bf16_stays_near_fp32_and_its_latents_are_fp32(tiny, pipe):
+    half = load(options(tiny, "precision=bf16"), CPU)
+    assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    latents = sample_latents(half, [0], [1])
+    assert latents.dtype == torch.float32
+    assert relative(latents, sample_latents(pipe, [0], [1])) < 0.1
+
+
+def test_unconditional_model(tiny, tmp_path):
+    cfg = options(tiny, "num_classes=null", "cfg_scale=1", "extras=1")
+    model = get_models(cfg)
+    pipe = Pipeline(cfg, model, None, make_diffusion(cfg), CPU, model)
+    assert sample_latents(pipe, [0, 1], None, N2).shape == (2, 4, 4, 4, 4)
+
+
+def test_step_macs():
+    """Issue 2's figures: at XL/2 a cached step with one outer layer is 14.3 % of a full one."""
+    macs = step_macs(SampleConfig(model="Latte-skip", num_classes=101), depth=1)
+    assert macs.cached / macs.full == pytest.approx(0.143, abs=5e-4)
+    with torch.device("meta"):
+        model = get_models(SampleConfig(model="Latte-skip", num_classes=101))
+    assert sum(p.numel() for p in model.parameters()) == 692_732_192
+
+
+def test_step_macs_by_hand():
+    """One block's products, written out: 2 x (adaLN + qkv + attention + projection + MLP) and the embedders."""
+    cfg = SampleConfig(model="Latte-S/2", image_size=32, num_frames=4, hidden_size=16, depth=4, num_heads=2)
+    D, F, T, C, p = 16, 4, 4, 4, 2
+    tokens = F * T
+    spatial, temporal = (2 * tokens * length * D for length in (T, F))  # q k' and a v
+    block = 6 * D * D + tokens * (3 + 1 + 8) * D * D
+    ends = tokens * C * p * p * D + 256 * D + D * D + 2 * D * D + tokens * D * p * p * 2 * C
+    assert step_macs(cfg).full == 2 * (2 * block + spatial + temporal) + ends
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "interval"),
+    [
+        ("Latte-skip", {}, 1),
+        ("Latte-skip-cache", {}, 2),
+        ("Latte-skip-cache-4", {}, 4),
+        ("Latte-skip-cache-4", {"stop": 100}, 4),
+        ("Latte-skip-cache-4", {"interval": 3}, 3),
+        ("Latte-XL/2", {}, 1),
+    ],
+)
+def test_interval_comes_from_the_cache_block_else_from_the_name(model, block, interval):
+    cfg = SampleConfig(model=model, num_classes=101, cache=CacheOptions(**block))
+    assert resolve(cfg, CPU).cache.interval == interval
+
+
+@pytest.mark.parametrize(
+    ("units", "chosen"),
+    [({"amx_bf16"}, "bf16"), ({"avx512_bf16"}, "bf16"), ({"avx512f", "avx512_fp16"}, "fp32"), (set(), "fp32")],
+)
+@pytest.mark.parametrize("use_fp16", [True, False])
+def test_a_cpu_computes_in_the_type_it_has_units_for(monkeypatch, units, chosen, use_fp16):
+    """Also with use_fp16: fp16 would run in software."""
+    monkeypatch.setattr(pipeline, "cpu_flags", lambda: units)
+    assert resolve(SampleConfig(use_fp16=use_fp16), CPU).precision == chosen
+
+
+def test_use_fp16_means_fp16_on_cuda_and_an_explicit_precision_wins(monkeypatch):
+    cuda = torch.device("cuda")
+    assert resolve(SampleConfig(use_fp16=True), cuda).precision == "fp16"
+    assert resolve(SampleConfig(use_fp16=True, precision="fp32"), cuda).precision == "fp32"
+    for bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        assert resolve(SampleConfig(), cuda).precision == ("bf16" if bf16 else "fp32")
+
+
+def test_attention_follows_the_precision():
+    assert resolve(SampleConfig(precision="bf16"), CPU).attention_mode == "math"
+    assert resolve(SampleConfig(precision="fp32"), CPU).attention_mode == "sdpa"
+    assert resolve(SampleConfig(precision="bf16", attention_mode="sdpa"), CPU).attention_mode == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sample_method=plms"], "sample_method: 'plms' is unknown; valid: ddpm, ddim, dpmsolver++, unipc"),
+        (["precision=int8"], "precision: 'int8' is unknown"),
+        (["precision=fp16"], "precision: fp16 runs in software on a CPU"),
+        (["attention_mode=flash"], "attention_mode: 'flash' is unknown"),
+        (["num_skips=0", "cache.interval=2"], "this model has none"),
+        (["cache.interval=0"], "cache.interval: 0 is less than 1"),
+        (["cache.interval=2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
+        (["num_classes=null"], "this model has no classes; use cfg_scale=1"),
+        (["class_dropout_prob=0"], "this model has no null label"),
+        (["ckpt=null"], "ckpt is not set"),
+        (["ckpt=/path/to/x.pt"], "no checkpoint /path/to/x.pt"),
+        (["pretrained_model_path=/nowhere"], "pretrained_model_path: nothing at /nowhere"),
+        (["vae=mse"], "no VAE in"),
+        (["image_size=64"], "image_size=32"),
+        (["num_frames=8"], "the file has num_frames=4"),
+    ],
+)
+def test_every_mistake_is_one_line(tiny, overrides, message):
+    with pytest.raises(UserError) as error:
+        load(options(tiny, *overrides), CPU)
+    assert message in str(error.value) and "\n" not in str(error.value)
