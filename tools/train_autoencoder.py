@@ -1,12 +1,13 @@
 """Train a small diffusers AutoencoderKL on class folders of video files: the demo's VAE, or one for your own clips.
 
-    python tools/train_autoencoder.py                                # configs/demo/vae.yaml, 55 minutes on 2 cores
+    python tools/train_autoencoder.py                                # configs/demo/vae.yaml, 55 minutes on one core
     python tools/train_autoencoder.py max_minutes=4 output_dir=results/quick
     python tools/train_autoencoder.py --config my_vae.yaml data_path=my_clips
 
 Data: {data_path}/{train,test}/<Class>/*.mp4. The same command again continues from {output_dir}/resume.pt.
-Writes log.txt, log.jsonl, resume.pt and vae/, a diffusers folder with the averaged weights in half precision and the
-scaling_factor measured on the train split, which `vae: vae` with `pretrained_model_path: {output_dir}` uses.
+Writes log.txt, log.jsonl, resume.pt, test_frames.png (real above reconstructed) and vae/, a diffusers folder with the
+averaged weights in half precision and the scaling_factor measured on the train split. The other programs read it with
+pretrained_model_path={output_dir} vae=vae.
 
 Letters: N frames of a split, B frames of a batch, C latent channels, h = w = image_size / downsample.
 """
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import UserError, load_config, path_option, to_yaml
@@ -171,6 +173,13 @@ def evaluate(codec: LatentCodec, frames: Tensor, classes: list[str]) -> dict[str
     return {"psnr": psnr.mean().item(), "sharpness": (sharp_y / sharp_x).mean().item(), **by_class}
 
 
+def save_comparison(codec: LatentCodec, frames: Tensor, path: Path, num_frames: int = 14) -> None:
+    """A picture of `num_frames` of x (N, 3, H, W), evenly spaced, above their reconstructions."""
+    x = frames[:: len(frames) // num_frames][:num_frames]
+    y = codec.decode(codec.encode(x[None]))[0]
+    save_image(torch.cat([x, y]), path, nrow=num_frames, normalize=True, value_range=(-1, 1))
+
+
 def latent_statistics(codec: LatentCodec, frames: Tensor) -> dict[str, float]:
     """Mean and standard deviation of the latents of x (N, 3, H, W), and the mean of the posteriors' own."""
     mean, std = codec.moments(frames[None])  # (1, N, C, h, w)
@@ -242,8 +251,10 @@ def train(cfg: AutoencoderConfig) -> None:
     statistics = latent_statistics(LatentCodec(trained), to_floats(center_crop(frames[::4], [cfg.image_size])))
     scale = 1 / statistics["latent_std"]
     trained.register_to_config(scaling_factor=round(scale, 5))
-    log.report(step=step, minutes=seconds / 60, scaling_factor=scale, **statistics,
-               **evaluate(LatentCodec(trained), test_frames, test_classes))  # fmt: skip
+    codec = LatentCodec(trained)
+    figures = statistics | evaluate(codec, test_frames, test_classes)
+    log.report(step=step, minutes=seconds / 60, scaling_factor=scale, **figures)
+    save_comparison(codec, test_frames, out / "test_frames.png")
     trained.half().save_pretrained(out / "vae")
 
 
