@@ -147,14 +147,14 @@ def train(cfg: TrainConfig) -> None:
                 f"clip from the start (start_clip_iter=0); the last good weights are in {run / 'checkpoints'}"
             )
 
-        meter.add(loss)
+        meter.add(loss if finite else None)
         finished, interrupted = step == cfg.max_train_steps, stop.requested()
         if step % cfg.log_every == 0 or finished:
             epoch, remaining = consumed / len(dataset), cfg.max_train_steps - step
             figures = meter.read(micro_batch * cfg.gradient_accumulation_steps, remaining)
             log.report(step=step, epoch=epoch, gradient_norm=norm, lr=learning_rate(cfg, step), **figures)
         save_weights = step % cfg.ckpt_every == 0 or finished
-        if rank == 0 and (save_weights or interrupted):
+        if rank == 0 and finite and (save_weights or interrupted):  # never over a good state with a bad one
             weights = latte.state_dict()
             if save_weights:
                 path = run / "checkpoints" / f"{step:07d}.pt"
@@ -251,10 +251,11 @@ class Meter:
     """What a report line says of the steps since the last one."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[float | None] = []
         self.since = time.monotonic()
 
-    def add(self, loss: float) -> None:
+    def add(self, loss: float | None) -> None:
+        """A step, and its loss if it was finite."""
         self.losses.append(loss)
 
     def read(self, clips: int, remaining: int) -> dict[str, float]:
@@ -265,7 +266,9 @@ class Meter:
             peak = torch.cuda.max_memory_allocated() / 1e9
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        figures = dict(loss=float(np.nanmean(self.losses)), steps_per_s=rate, clips_per_s=rate * clips)
+        finite = [loss for loss in self.losses if loss is not None]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        figures = dict(loss=mean, steps_per_s=rate, clips_per_s=rate * clips)
         self.losses, self.since = [], now
         return figures | dict(memory_gb=peak, hours_left=remaining / rate / 3600)
 

@@ -1,0 +1,253 @@
+"""Training: resumed, distributed, accumulating and checkpointing runs equal the plain one; bad runs end in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+from configs import ROOT, TrainConfig, UserError, load_config
+from datasets.latents import RECORD
+from models import get_models
+from models.latte import init_skips_as_identity
+from train import clip_seed, learning_rate, train
+
+TINY = dict(
+    dataset="video_folder",
+    model="Latte-skip",
+    image_size=32,
+    num_frames=4,
+    num_classes=2,
+    hidden_size=16,
+    depth=8,
+    num_heads=2,
+    frame_interval=1,
+    learning_rate=1e-2,
+    start_clip_iter=0,
+    clip_max_norm=1.0,
+    local_batch_size=4,
+    num_workers=0,
+    max_train_steps=6,
+    log_every=1,
+    ckpt_every=2,
+    ema_decay=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """Six clips of two classes: the mean tells the class."""
+    folder = tmp_path_factory.mktemp("latents")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(6):
+        mean = torch.randn(8, 1, 4, 4, 4, generator=generator) + (i % 2)
+        path = folder / "ab"[i % 2] / f"{i}.mp4.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"moments": torch.cat([mean, 0.1 * torch.ones_like(mean)], dim=2).half()}, path)
+    record = {"dataset": "video_folder", "image_size": 32, "horizontal_flip": None}
+    (folder / RECORD).write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    """accelerate and the signal handlers keep state in the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def config(latents: Path, results: Path, **options) -> TrainConfig:
+    options = {**TINY, "latents_path": latents, "results_dir": results, **options}
+    return load_config(TrainConfig, None, [f"{key}={value}" for key, value in options.items()])
+
+
+def run(latents: Path, results: Path, **options) -> dict[str, torch.Tensor]:
+    """Train, and return the newest weights of the run."""
+    train(config(latents, results, **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return newest(results)
+
+
+def newest(results: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(sorted(results.glob("*/checkpoints/*.pt"))[-1], weights_only=True)
+
+
+def losses(results: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in next(results.glob("*/log.jsonl")).read_text().splitlines()]
+
+
+def assert_equal(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
+    for kind in ("model", "ema"):
+        for name, value in theirs[kind].items():
+            torch.testing.assert_close(ours[kind][name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stills", [0, 2])
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stills):
+    """Weights, EMA, optimizer, schedule, data order, noise and label drop all continue; with stills and accumulation."""
+    options = dict(use_image_num=stills, gradient_accumulation_steps=2, lr_schedule="cosine", lr_warmup_steps=2)
+    unbroken = run(latents, tmp_path / "unbroken", **options)
+    cut = config(latents, tmp_path / "resumed", **options)
+    stop_after(cut, 3)
+    assert not list((tmp_path / "resumed").glob("*/checkpoints/0000003.pt")), "a signal saves the resume state only"
+    resumed = run(latents, tmp_path / "resumed", **options)
+    assert_equal(resumed, unbroken)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "unbroken")
+
+
+def stop_after(cfg: TrainConfig, step: int) -> None:
+    """Train until a SIGTERM that arrives in the middle of `step`."""
+    import train as program
+
+    count, original = 0, program.clip_losses
+
+    def counting(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == step * cfg.gradient_accumulation_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    program.clip_losses = counting
+    try:
+        train(cfg)
+    finally:
+        program.clip_losses = original
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_damaged_resume_state_is_passed_over_for_the_one_before(latents, tmp_path, capsys):
+    unbroken = run(latents, tmp_path / "a")
+    run(latents, tmp_path / "b", max_train_steps=4)
+    state = next((tmp_path / "b").glob("*/resume/0000004.pt"))
+    state.write_bytes(state.read_bytes()[:1000])
+    resumed = run(latents, tmp_path / "b")
+    assert "passed over" in capsys.readouterr().out
+    assert_equal(resumed, unbroken)
+
+
+def test_other_options_start_another_run(latents, tmp_path):
+    run(latents, tmp_path, max_train_steps=2)
+    run(latents, tmp_path, max_train_steps=2, global_seed=1)
+    assert [path.name[:3] for path in sorted(tmp_path.iterdir())] == ["000", "001"]
+
+
+def test_accumulation_and_gradient_checkpointing_equal_the_plain_run(latents, tmp_path):
+    """Two half batches are one, and recomputed activations are the same ones: to 1e-5."""
+    plain = run(latents, tmp_path / "plain")
+    halves = run(latents, tmp_path / "halves", local_batch_size=2, gradient_accumulation_steps=2)
+    assert_equal(halves, plain, tolerance=1e-5)
+    assert_equal(run(latents, tmp_path / "recomputed", gradient_checkpointing=True), plain, tolerance=1e-5)
+
+
+def test_two_processes_equal_one(latents, tmp_path):
+    """Half of the batch on each of two gloo ranks: the same weights to 1e-5, also with Hugging Face's `datasets` about."""
+    plain = run(latents, tmp_path / "one")
+    fake = tmp_path / "site" / "datasets-4.0.0.dist-info"  # where it is installed, accelerate would import ours
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n")
+    options = {**TINY, "latents_path": latents, "results_dir": tmp_path / "two", "local_batch_size": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command += [f"{key}={value}" for key, value in options.items()]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_equal(newest(tmp_path / "two"), plain, tolerance=1e-5)
+
+
+def test_identity_start_of_skips_beats_xavier_on_a_latte_trunk(latents, tmp_path):
+    """A Latte trained without skips, loaded into a skip model: the identity start has the lower first loss."""
+    plain = tmp_path / "plain"
+    run(latents, plain, model="Latte-XL/2", max_train_steps=60, learning_rate=3e-3, ckpt_every=60)
+    checkpoint = next(plain.glob("*/checkpoints/0000060.pt"))
+    first = {}
+    for start in ("identity", "xavier"):
+        run(latents, tmp_path / start, pretrained=checkpoint, skip_init=start, max_train_steps=1, local_batch_size=16)
+        first[start] = losses(tmp_path / start)[0]
+    trunk = losses(plain)[-1]
+    assert first["identity"] < first["xavier"]
+    assert abs(first["identity"] - trunk) < abs(first["xavier"] - trunk)
+
+
+def test_identity_start_passes_the_stream_on(latents):
+    """After it, a skip model's output stays closer to the trunk's than a Xavier start's."""
+    torch.manual_seed(0)
+    options = {**TINY, "extras": 2, "latents_path": latents}
+    trunk = get_models(load_config(TrainConfig, None, [f"{k}={v}" for k, v in (options | {"num_skips": 0}).items()]))
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = get_models(load_config(TrainConfig, None, [f"{k}={v}" for k, v in options.items()]))
+    model.load_state_dict(trunk.state_dict(), strict=False)
+    x, t, y = torch.randn(4, 4, 4, 4, 4), torch.tensor([10, 300, 600, 990]), torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        wanted = trunk(x, t, y)
+        xavier = (model(x, t, y) - wanted).norm()
+        init_skips_as_identity(model, x, t, y)
+        identity = (model(x, t, y) - wanted).norm()
+    assert identity < 0.5 * xavier
+
+
+@pytest.mark.parametrize(
+    ("train_only", "named"),
+    [
+        ("skip", lambda name: name.startswith("skip_")),
+        ("temporal", lambda name: name.startswith(("blocks.1.", "blocks.3.", "blocks.5.", "blocks.7."))),
+    ],
+)
+def test_train_only_moves_what_it_names(latents, tmp_path, train_only, named):
+    start = run(latents, tmp_path / "all")["model"]
+    checkpoint = next((tmp_path / "all").glob("*/checkpoints/0000006.pt"))
+    end = run(latents, tmp_path / "some", train_only=train_only, pretrained=checkpoint, max_train_steps=2)["ema"]
+    assert {name for name in end if not torch.equal(start[name], end[name])} <= {name for name in end if named(name)}
+    assert any(not torch.equal(start[name], end[name]) for name in end)
+
+
+def test_run_without_finite_losses_stops_and_says_so(latents, tmp_path):
+    with pytest.raises(UserError, match=r"^3 steps in a row .*max_bad_steps"):
+        run(latents, tmp_path, learning_rate=1e38, max_bad_steps=3, ckpt_every=1, max_train_steps=50)
+    assert [path.stem for path in tmp_path.glob("*/checkpoints/*")] == ["0000001"], "no bad step is saved"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_classes=3), "2 class folders, but num_classes is 3"),
+        (dict(image_size=64), "made with image_size=32, not 64"),
+        (dict(latents_path="/nowhere"), "latents_path: nothing at /nowhere"),
+        (dict(resume_from_checkpoint="/nowhere"), "is no run folder"),
+        (dict(pretrained="/nowhere.pt"), "no checkpoint /nowhere.pt"),
+    ],
+)
+def test_errors_are_one_line(latents, tmp_path, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(latents, tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["lr_schedule=cosin", "train_only=tempora", "mixed_precision=fp8", "skip_init=zero"]
+)
+def test_unknown_choice_is_one_line_and_exit_1(override):
+    done = subprocess.run([sys.executable, ROOT / "train.py", override], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_learning_rate_warms_up_and_decays(latents, tmp_path):
+    cfg = config(latents, tmp_path, lr_schedule="linear", lr_warmup_steps=4, max_train_steps=14, learning_rate=1.0)
+    rates = [learning_rate(cfg, step) for step in range(1, 15)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == pytest.approx([1 - i / 10 for i in range(1, 11)])
+
+
+def test_clips_draw_from_generators_of_their_own():
+    """Seeds of different clips and different runs differ."""
+    assert len({clip_seed(seed, number) for seed in range(3) for number in range(1000)}) == 3000
