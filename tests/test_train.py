@@ -93,7 +93,7 @@ def assert_equal(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
 
 @pytest.mark.parametrize("stills", [0, 2])
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stills):
-    """Weights, EMA, optimizer, schedule, data order, noise and label drop all continue; with stills and accumulation."""
+    """Weights, EMA, optimizer, schedule, data order, noise, label drop continue; with stills and accumulation."""
     options = dict(use_image_num=stills, gradient_accumulation_steps=2, lr_schedule="cosine", lr_warmup_steps=2)
     unbroken = run(latents, tmp_path / "unbroken", **options)
     cut = config(latents, tmp_path / "resumed", **options)
@@ -150,7 +150,7 @@ def test_accumulation_and_gradient_checkpointing_equal_the_plain_run(latents, tm
 
 
 def test_two_processes_equal_one(latents, tmp_path):
-    """Half of the batch on each of two gloo ranks: the same weights to 1e-5, also with Hugging Face's `datasets` about."""
+    """Half of the batch on each of two gloo ranks: equal to 1e-5, also where Hugging Face's `datasets` is installed."""
     plain = run(latents, tmp_path / "one")
     fake = tmp_path / "site" / "datasets-4.0.0.dist-info"  # where it is installed, accelerate would import ours
     fake.mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_identity_start_passes_the_stream_on(latents):
     ],
 )
 def test_train_only_moves_what_it_names(latents, tmp_path, train_only, named):
-    start = run(latents, tmp_path / "all")["model"]
+    start = run(latents, tmp_path / "all")["ema"]  # what `pretrained` loads
     checkpoint = next((tmp_path / "all").glob("*/checkpoints/0000006.pt"))
     end = run(latents, tmp_path / "some", train_only=train_only, pretrained=checkpoint, max_train_steps=2)["ema"]
     assert {name for name in end if not torch.equal(start[name], end[name])} <= {name for name in end if named(name)}
