@@ -1,9 +1,9 @@
 """tools/common/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
 
 import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from tools.common.distributed import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = f"""
-import sys, time
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 from configs import UserError
@@ -39,13 +39,12 @@ def launch(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
 
 def test_two_processes_meet(tmp_path):
     """Each has its rank, sums reach both, the barrier passes, and both leave without a complaint."""
-    body = "x = torch.tensor([env.rank + 1]); dist.all_reduce(x); env.barrier(); print(env, x.item(), env.is_main)"
-    result = launch(tmp_path, body)
-    assert result.returncode == 0, result.stderr
-    lines = sorted(result.stdout.split("\n")[:-1])
-    assert [line.startswith(f"Environment(rank={rank}, world_size=2") for rank, line in enumerate(lines)] == [True] * 2
-    assert [line.endswith(f" 3 {rank == 0}") for rank, line in enumerate(lines)] == [True] * 2
-    assert "Warning" not in result.stderr.replace("FutureWarning", "")
+    body = "x = torch.tensor([env.rank + 1]); dist.all_reduce(x); env.barrier()"
+    report = "print(f'<{env.rank} of {env.world_size}, {env.is_main}, {x.item()}>')"
+    result = launch(tmp_path, f"{body}; {report}")
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
+    reports = sorted(re.findall("<(.*?)>", result.stdout))  # gloo prints too, in the same lines
+    assert reports == ["0 of 2, True, 3", "1 of 2, False, 3"]
 
 
 def test_alone_there_is_no_process_group():
@@ -55,11 +54,9 @@ def test_alone_there_is_no_process_group():
 
 
 def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
-    """Rank 1 fails while rank 0 waits for it: the program ends at once, and says why."""
-    start = time.monotonic()
-    result = launch(tmp_path, "env.rank and cli.sys.exit('rank 1 died'); env.barrier(); time.sleep(100)")
+    """Rank 1 fails while rank 0 waits for it: the program ends, long before the group's time-out, and says why."""
+    result = launch(tmp_path, "env.rank and cli.sys.exit('rank 1 died'); env.barrier()")
     assert result.returncode == 1 and "rank 1 died" in result.stderr
-    assert time.monotonic() - start < 60
 
 
 def test_a_user_error_of_every_process_is_said_once(tmp_path):

@@ -59,7 +59,7 @@ def run(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         if rank:  # rank 0 mostly fails alike and speaks for all; torchrun then ends this process while it waits
-            time.sleep(3)
+            time.sleep(5)
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
