@@ -85,7 +85,7 @@ def test_a_user_error_is_one_line_without_traceback():
 
 def test_another_rank_names_itself():
     """An error that only rank 1 has must be seen too."""
-    program = start_program("raise UserError('bad shard')", RANK="1")
+    program = start_program("cli.PATIENCE = 0; raise UserError('bad shard')", RANK="1")
     assert outcome(program) == (1, "error: bad shard (rank 1)\n")
 
 

@@ -60,5 +60,5 @@ def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
 
 
 def test_a_user_error_of_every_process_is_said_once(tmp_path):
-    result = launch(tmp_path, "raise UserError('no such file')")
+    result = launch(tmp_path, "cli.PATIENCE = 60; raise UserError('no such file')")
     assert result.returncode == 1 and result.stderr.count("error: no such file") == 1, result.stderr

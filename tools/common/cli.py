@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 from configs import UserError
 
+PATIENCE = 5.0  # seconds that a rank keeps its error to itself: rank 0 mostly fails alike and speaks for all
+
 
 class Parser(argparse.ArgumentParser):
     """The shared flags; a program adds its own with `add_argument`. Mistakes raise `UserError`.
@@ -58,8 +60,8 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        if rank:  # rank 0 mostly fails alike and speaks for all; torchrun then ends this process while it waits
-            time.sleep(5)
+        if rank:
+            time.sleep(PATIENCE)  # torchrun ends this process when rank 0 has gone
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
