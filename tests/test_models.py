@@ -1,0 +1,252 @@
+"""The transformer: names and sizes, initialisation, skips, the cache's mechanism and plan."""
+
+import pytest
+import torch
+
+from configs import SampleConfig, UserError, load_config
+from models import SIZES, get_models, parse_name
+from models.latte import Latte, fastest_attention
+from models.skip_cache import SkipCache, cached_step, full_step, interval_plan
+
+TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)
+
+
+def tiny(**options) -> Latte:
+    """A model in which every layer counts."""
+    torch.manual_seed(0)
+    model = Latte(**{**TINY, "num_skips": 2, **options}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(frames: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, frames, 4, 4, 4, generator=generator), torch.tensor([10, 990]), torch.tensor([1, 5])
+
+
+def options(**values) -> SampleConfig:
+    return load_config(SampleConfig, None, [f"{key}={value}" for key, value in values.items()])
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "hidden_size", "num_heads", "patch_size", "num_skips", "interval"),
+    [
+        ("Latte-XL/2", 28, 1152, 16, 2, 0, 1),
+        ("Latte-L/4", 24, 1024, 16, 4, 0, 1),
+        ("Latte-skip", 28, 1152, 16, 2, 7, 1),
+        ("Latte-skip-cache", 28, 1152, 16, 2, 7, 2),
+        ("Latte-skip-cache-5", 28, 1152, 16, 2, 7, 5),
+        ("LatteIMG-XL/2", 28, 1152, 16, 2, 0, 1),
+        ("LatteIMG-skip-partial", 28, 1152, 16, 2, 2, 1),
+        ("Latte-B/2-skip", 12, 768, 12, 2, 3, 1),
+        ("Latte-S/8-skip-cache-3", 12, 384, 6, 8, 3, 3),
+    ],
+)
+def test_name_says_the_dimensions(name, depth, hidden_size, num_heads, patch_size, num_skips, interval):
+    variant = parse_name(name)
+    assert (variant.depth, variant.hidden_size, variant.num_heads) == (depth, hidden_size, num_heads)
+    assert (variant.patch_size, variant.num_skips, variant.cache_interval) == (patch_size, num_skips, interval)
+
+
+@pytest.mark.parametrize("name", ["Latte", "Latte-XXL/2", "latte-skip", "Latte-XL/3", "Latte-skip-cache-", "DiT-XL/2"])
+def test_unknown_name_lists_the_valid_ones(name):
+    with pytest.raises(UserError, match=r"unknown; valid: .*XL.*skip.*LatteIMG"):
+        parse_name(name)
+
+
+def test_xl_skip_has_the_published_number_of_parameters_and_tensors():
+    with torch.device("meta"):
+        by_class = get_models(options(model="Latte-skip", num_classes=101))
+        unconditional = get_models(options(model="Latte-skip"))
+    assert sum(p.numel() for p in by_class.parameters()) == 692_732_192
+    assert (len(by_class.state_dict()), len(unconditional.state_dict())) == (321, 320)
+    assert by_class.state_dict()["y_embedder.embedding_table.weight"].shape == (102, 1152)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_every_size_has_skips_in_half_of_its_layers(size, patch):
+    with torch.device("meta"):
+        model = get_models(options(model=f"Latte-{size}/{patch}-skip"))
+    assert model.num_skips == model.num_layers // 2 == len(model.skip_linears)
+
+
+def test_options_win_over_the_name():
+    model = get_models(
+        options(model="Latte-skip", hidden_size=32, depth=8, num_heads=4, patch_size=4, in_channels=8, image_size=64)
+    )
+    assert (model.num_layers, model.num_skips, model.patch_size, model.in_channels) == (4, 2, 4, 8)
+    assert get_models(options(model="Latte-XL/2", hidden_size=32, num_heads=4, depth=8, num_skips=1)).num_skips == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(depth=10), "depth: 10 is not a multiple of 4"),
+        (dict(depth=8, num_skips=3), "num_skips: 3 is outside 0 ... 2"),
+        (dict(image_size=250), "image_size: 250 is not a multiple of 16"),
+        (dict(extras=2), "num_classes is not set"),
+        (dict(extras=78), "extras: 78 is unknown"),
+        (dict(hidden_size=30), "hidden_size: 30"),
+    ],
+)
+def test_dimensions_that_do_not_fit_are_one_line(values, message):
+    with pytest.raises(UserError, match=message) as caught, torch.device("meta"):
+        get_models(options(model="Latte-skip", **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_extras_1_ignores_the_classes():
+    with torch.device("meta"):
+        assert get_models(options(model="Latte-S/2", num_classes=101, extras=1)).y_embedder is None
+
+
+# --- the transformer -------------------------------------------------------------------------------------------------
+
+
+def test_fresh_model_is_zero_and_its_layers_pass_their_input_on():
+    """adaLN-zero: blocks start as the identity, the output as zero."""
+    model = Latte(**TINY, num_skips=0)
+    x, t, y = inputs()
+    assert model(x, t, y).abs().max() == 0
+    tokens, c = model.embed(x, t, y)
+    torch.testing.assert_close(model.layer(1, tokens, c), tokens)
+    for linear in (block.attn.qkv for block in model.blocks):
+        bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
+        assert linear.weight.abs().max() <= bound and linear.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("num_skips", [0, 1, 2])
+@pytest.mark.parametrize("depth", [4, 8, 12, 24])
+def test_every_depth_uses_every_layer_and_skip(depth, num_skips):
+    """Each weight gets a gradient."""
+    num_skips = min(num_skips, depth // 4)
+    model = tiny(depth=depth, num_skips=num_skips)
+    model(*inputs()).square().sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert unused == []
+
+
+def test_skip_carries_the_early_layer_past_the_inner_ones():
+    """With the inner layers' features fixed, the output still follows the input, through the outer skip alone."""
+    model = tiny()
+    (x, t, y), other = inputs(), torch.randn(2, 3, 4, 4, 4)
+    _, deep = full_step(model, 1, x, t, y)
+    assert not torch.allclose(cached_step(model, 1, x, t, y, deep), cached_step(model, 1, other, t, y, deep))
+
+
+def test_stills_do_not_touch_the_clip_nor_each_other():
+    """The temporal block passes stills by: changing one changes no other frame."""
+    model = tiny()
+    x, t, y = inputs(frames=5)
+    y_image = torch.tensor([[0, 2], [3, 4]])
+    out = model(x, t, y, y_image)
+    changed = x.clone()
+    changed[:, 4] += 1
+    again = model(changed, t, y, y_image)
+    torch.testing.assert_close(again[:, :4], out[:, :4])
+    assert not torch.allclose(again[:, 4], out[:, 4])
+    torch.testing.assert_close(model(x[:, :3], t, y), out[:, :3])
+
+
+def test_still_follows_its_own_label():
+    model = tiny()
+    x, t, y = inputs(frames=5)
+    out = model(x, t, y, torch.tensor([[0, 2], [3, 4]]))
+    other = model(x, t, y, torch.tensor([[0, 1], [3, 4]]))
+    same = torch.tensor([[True] * 4 + [False], [True] * 5])
+    assert torch.equal((out - other).flatten(2).abs().amax(-1) < 1e-6, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_modes_agree(dtype):
+    model, (x, t, y) = tiny().to(dtype), inputs()
+    model.set_attention("math")
+    plain = model(x, t, y)
+    model.set_attention("sdpa")
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert (model(x, t, y) - plain).float().norm() <= tolerance * plain.float().norm()
+
+
+def test_fastest_attention_is_plain_only_for_bf16_on_a_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert fastest_attention(cpu, torch.bfloat16) == "math"
+    assert fastest_attention(cpu, torch.float32) == fastest_attention(cuda, torch.bfloat16) == "sdpa"
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny()
+        model.gradient_checkpointing = checkpointing
+        model(*inputs()).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*grads)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def spaced(steps: int) -> list[int]:
+    """`steps` original timesteps from noise to clean, both ends included."""
+    return [round(i * 999 / (steps - 1)) for i in reversed(range(steps))]
+
+
+@pytest.mark.parametrize(("steps", "full"), [(50, [28, 21, 17, 16, 14]), (250, [143, 108, 90, 80, 72])])
+def test_number_of_full_steps_is_the_papers(steps, full):
+    assert [sum(interval_plan(spaced(steps), interval)) for interval in range(2, 7)] == full
+
+
+def test_plan_is_full_in_its_window_and_after_the_cache_is_emptied():
+    plan = interval_plan([990, 950, 800, 700, 600, 500, 40, 30, 10], interval=3)
+    assert plan == [True, True, False, True, False, False, True, True, True]
+    plan = interval_plan([990, 950, 800, 700, 600, 500, 400, 30, 10], interval=3)
+    assert plan == [True, True, False, True, False, False, True, False, True], "the first below stop may be cached"
+    assert all(interval_plan(spaced(50), 1))
+    with pytest.raises(UserError, match=r"cache.interval: 0"):
+        interval_plan(spaced(50), 0)
+
+
+def test_window_is_a_choice():
+    assert sum(interval_plan(spaced(50), 2, start=1000, stop=0)) == 25
+    assert sum(interval_plan(spaced(50), 1000, start=500, stop=0)) == sum(t >= 500 for t in spaced(50))
+
+
+@torch.no_grad()
+def test_all_full_plan_equals_the_model_bit_for_bit():
+    model, (x, t, y) = tiny(), inputs()
+    cache = SkipCache(model, [True, True], depth=2)
+    assert torch.equal(cache(x, t, y), model(x, t, y)) and torch.equal(cache(x, t, y), model(x, t, y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_cached_step_on_the_same_input_equals_a_full_one(depth):
+    """Nothing to lose where the deep feature is that of the step itself."""
+    model, (x, t, y) = tiny(), inputs()
+    cache = SkipCache(model, [True, False], depth)
+    torch.testing.assert_close(cache(x, t, y), cache(x, t, y))
+
+
+@torch.no_grad()
+def test_two_caches_on_one_model_share_nothing_and_leave_nothing():
+    model, (x, t, y) = tiny(), inputs()
+    before = {name: value.clone() for name, value in model.state_dict().items()}, set(vars(model))
+    alone = SkipCache(model, [True, False])
+    wanted = [alone(x, t, y), alone(x + 1, t, y)]
+    one, other = SkipCache(model, [True, False]), SkipCache(model, [True, False])
+    first, _ = one(x, t, y), other(x * 2, t, y)
+    torch.testing.assert_close([first, one(x + 1, t, y)], wanted)
+    assert set(vars(model)) == before[1] and all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("num_skips", "depth", "message"), [(0, 1, "needs long skip branches"), (2, 3, "1 ... 2"), (2, 0, "1 ... 2")]
+)
+def test_cache_that_the_skips_cannot_carry_is_refused(num_skips, depth, message):
+    with pytest.raises(UserError, match=message):
+        SkipCache(tiny(num_skips=num_skips), [True], depth)
