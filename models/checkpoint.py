@@ -47,10 +47,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, a truncated one, or something else under its name.
     """
-    path = Path(path)
-    if not path.is_file():
-        hint = "published weights: python pretrained/download_ckpts.py"
-        raise UserError(f"no checkpoint {path}{' (a folder)' if path.is_dir() else ''}; {hint}")
+    path = _existing(path)
     with path.open("rb") as file:
         head = file.read(1024)
     if head.startswith(b"version https://git-lfs"):
@@ -89,8 +86,8 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with Path(path).open("rb") as file:
+    """SHA-256 of a checkpoint, in hex."""
+    with _existing(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -116,6 +113,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model.to(map_location).eval()
 
     _load_as_pickle = _load_as_safetensor
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        hint = "published weights: python pretrained/download_ckpts.py"
+        raise UserError(f"no checkpoint {path}{' (a folder)' if path.is_dir() else ''}; {hint}")
+    return path
 
 
 def _load_pickle(path: Path, mmap: bool) -> Any:

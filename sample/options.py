@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from configs import ROOT, CacheOptions, SampleConfig, UserError, load_config, parse_cache, to_yaml
+from configs import ROOT, CacheOptions, SampleConfig, UserError, load_config, parse_cache, require_path, to_yaml
 from models import get_models
 from models.checkpoint import file_hash
 from sample.pipeline import make_diffusion, plan_steps, resolve
@@ -128,7 +128,7 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
     """What the JSON of every run starts with: enough to repeat the run and to judge its figures."""
     return {
         "config": asdict(cfg),
-        "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(cfg.ckpt)},
+        "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(cfg.ckpt or require_path(cfg, "ckpt"))},
         "machine": describe_machine(device),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},
     }

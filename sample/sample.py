@@ -154,9 +154,8 @@ def summarize(run: Run, first: Run) -> dict[str, Any]:
     if run is not first:
         # Each batch with its own twin, next to which it ran; the median leaves out what disturbed one of them.
         figures["speedup"] = statistics.median(a / b for a, b in zip(first.sampling, run.sampling, strict=True))
-        pairs = [
-            ((a + 1) / 2, (b + 1) / 2) for a, b in zip(torch.cat(run.videos), torch.cat(first.videos), strict=True)
-        ]
+        ours, theirs = ((torch.cat(videos) + 1) / 2 for videos in (run.videos, first.videos))  # (B, F, 3, H, W)
+        pairs = list(zip(ours, theirs, strict=True))
         psnr = [peak_signal_noise_ratio(a, b, data_range=1.0).item() for a, b in pairs]
         ssim = [structural_similarity_index_measure(a, b, data_range=1.0).item() for a, b in pairs]  # mean over frames
         figures |= {
@@ -171,22 +170,20 @@ def summarize(run: Run, first: Run) -> dict[str, Any]:
 def write_all(folder: Path, cfg: SampleConfig, clips: list[Clip], runs: list[Run]) -> None:
     """The videos and pictures of every run, and those that set the runs side by side."""
     scale = max(1, 128 // cfg.image_size)  # small videos are enlarged where they are shown together
-    names = [f"{clip.seed:06d}" + (f"_{clip.name}" if clip.name else "") for clip in clips]
+    files = [f"{clip.seed:06d}" + (f"_{clip.name}" if clip.name else "") + ".mp4" for clip in clips]
+    titles = [clip.name or f"seed {clip.seed}" for clip in clips]
     for run in runs:
         place = folder / run.plan.name
         videos = torch.cat(run.videos)  # (B, F, 3, H, W)
-        for name, video in zip(names, videos, strict=True):
-            save_video(place / f"{name}.mp4", video, cfg.fps)
+        for file, video in zip(files, videos, strict=True):
+            save_video(place / file, video, cfg.fps)
         save_grid(place / "grid.mp4", videos, cfg.fps, scale=scale)
         save_grid(place / "grid.gif", videos, cfg.fps, scale=scale)
-        save_contact_sheet(
-            place / "contact_sheet.png", videos, [clip.name or f"seed {clip.seed}" for clip in clips], scale=scale
-        )
+        save_contact_sheet(place / "contact_sheet.png", videos, titles, scale=scale)
     if len(runs) > 1:
-        columns = clips[:MOST_COMPARED]
-        rows = torch.stack([torch.cat(run.videos)[: len(columns)] for run in runs])  # (R, B, F, 3, H, W)
-        save_grid(folder / "compare.mp4", rows.flatten(0, 1), cfg.fps, columns=len(columns), scale=scale)
-        labels = [f"{clip.name or clip.seed} {run.plan.name}" for clip in columns for run in runs]
+        rows = torch.stack([torch.cat(run.videos)[:MOST_COMPARED] for run in runs])  # (R, B, F, 3, H, W)
+        save_grid(folder / "compare.mp4", rows.flatten(0, 1), cfg.fps, columns=rows.shape[1], scale=scale)
+        labels = [f"{title} {run.plan.name}" for title in titles[:MOST_COMPARED] for run in runs]
         save_contact_sheet(folder / "compare.png", rows.transpose(0, 1).flatten(0, 1), labels, scale=scale)
 
 

@@ -60,16 +60,9 @@ def main() -> None:
 
         missing = from_first(env, lambda: open_folder(folder, cfg, plan, env))
         if env.is_main:
-            print(
-                "\n".join(
-                    [
-                        *lines,
-                        f"{len(missing)} clips to make by {env.world_size} process(es), {len(seeds) - len(missing)} are there",
-                    ]
-                ),
-                flush=True,
-            )
-        start = time.perf_counter()
+            there = f"of which {len(seeds) - len(missing)} are there; processes: {env.world_size}"
+            print("\n".join([*lines, there]), flush=True)
+        start = time.perf_counter()  # loading included
         sample_share(cfg, missing[env.rank :: env.world_size], folder, env)
         env.barrier()
         if env.is_main and missing:
@@ -126,11 +119,11 @@ def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, env: Environment) -
         before, now = settings(earlier), settings(record)
         differ = [key for key in now if before.get(key) != now[key]]
         if differ:
-            theirs, ours = (", ".join(f"{key}={values.get(key)}" for key in differ) for values in (before, now))
-            raise UserError(
-                f"{folder} holds clips of {theirs}, not {ours}: choose another save_video_path or remove it"
-            )
+            old, new = (", ".join(f"{key}={values.get(key)}" for key in differ) for values in (before, now))
+            raise UserError(f"{folder} holds clips of {old}, not {new}: choose another save_video_path or remove it")
         record["runs"] = earlier["runs"]
+        if cfg.num_fvd_samples < earlier["config"]["num_fvd_samples"]:
+            record = earlier  # it describes more clips than are asked for now
     elif any(folder.glob("[0-9]*.mp4")):
         raise UserError(f"{folder} holds videos of unknown settings (no {RECORD}): choose another save_video_path")
     for leftover in folder.glob("*.tmp*"):  # of a killed process
