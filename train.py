@@ -101,7 +101,8 @@ def train(cfg: TrainConfig) -> None:
             start_from_pretrained(latte, cfg, diffusion, codec, dataset, log)
         ema.update_parameters(latte)  # the first update copies
     if cfg.use_compile:
-        latte.compile(fullgraph=True)  # in place: the names of the weights stay
+        for block in latte.blocks:  # one by one: all spatial blocks share a graph, and so do all temporal ones
+            block.compile(fullgraph=True)  # in place: the names of the weights stay
     model, optimizer = accelerator.prepare(latte, optimizer)
     if state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])

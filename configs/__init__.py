@@ -146,7 +146,7 @@ class TrainConfig(ModelOptions, DiffusionOptions, AutoencoderOptions, DataOption
     train_only: str = "all"  # all | skip | temporal: which weights move
     mixed_precision: str = "no"  # no | bf16 | fp16
     gradient_checkpointing: bool = False
-    use_compile: bool = False
+    use_compile: bool = False  # torch.compile of the blocks
     global_seed: int = 3407
     log_every: int = 100
     ckpt_every: int = 10_000

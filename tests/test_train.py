@@ -251,3 +251,9 @@ def test_learning_rate_warms_up_and_decays(latents, tmp_path):
 def test_clips_draw_from_generators_of_their_own():
     """Seeds of different clips and different runs differ."""
     assert len({clip_seed(seed, number) for seed in range(3) for number in range(1000)}) == 3000
+
+
+def test_compiled_blocks_equal_the_plain_run(latents, tmp_path):
+    """To 1e-5 in fp32, and the names in the checkpoint stay plain."""
+    plain = run(latents, tmp_path / "plain", max_train_steps=2)
+    assert_equal(run(latents, tmp_path / "compiled", use_compile=True, max_train_steps=2), plain, tolerance=1e-5)
