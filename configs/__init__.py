@@ -168,6 +168,7 @@ INERT = {  # the original's keys that do nothing here, and why
     "negative_name": "the null label comes from num_classes",
     "frame_interval": "clips are sampled at the interval of their training",
 }
+PUBLISHED = ("ckpt", "pretrained_model_path")  # paths that pretrained/download_ckpts.py fills
 MIXED_PRECISION = {False: "no", True: "bf16", None: "no"}  # YAML reads a bare `no` as False; the original had False
 
 T = TypeVar("T")
@@ -204,7 +205,8 @@ def require_path(config: Any, key: str) -> Path:
     if _is_placeholder(value):
         raise UserError(f"{key} still holds the placeholder {value}: put your path there, or pass {key}=PATH")
     if not Path(value).exists():
-        raise UserError(f"{key}: nothing at {value}")
+        hint = "; published weights: python pretrained/download_ckpts.py" if key in PUBLISHED else ""
+        raise UserError(f"{key}: nothing at {value}{hint}")
     return Path(value)
 
 
