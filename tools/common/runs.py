@@ -4,13 +4,13 @@ import json
 import os
 import pickle
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from configs import UserError, to_yaml
+from configs import UserError, load_config, to_yaml
 from models.checkpoint import atomic_path, save_checkpoint
 
 # Options that may change between a run and its continuation: they do not change what is learned.
@@ -55,7 +55,7 @@ def find_run(cfg: Any) -> Path | None:
             )
         return folder
     runs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
-    return next((path.parent for path in runs if _lasting(OmegaConf.load(path)) == _lasting(to_yaml(cfg))), None)
+    return next((path.parent for path in runs if _same_training(path, cfg)), None)
 
 
 def create_run(cfg: Any) -> Path:
@@ -92,7 +92,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _lasting(options: Any) -> dict[str, Any]:
-    """The options that make two runs the same training."""
-    options = OmegaConf.create(options) if isinstance(options, str) else options
-    return {key: value for key, value in OmegaConf.to_container(options).items() if key not in INCIDENTAL}
+def _same_training(saved: Path, cfg: Any) -> bool:
+    """Whether the options in the file `saved` are those of `cfg`, but for incidental ones."""
+    try:
+        theirs, ours = asdict(load_config(type(cfg), saved)), asdict(cfg)
+    except UserError:  # options of another version of this code
+        return False
+    return all(theirs[key] == ours[key] for key in ours.keys() - INCIDENTAL)
