@@ -45,10 +45,10 @@ def generate(
     seeds: Sequence[int],
     labels: Sequence[int] | None,
     cache: CacheOptions | None = None,
-    progress: bool = False,
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Videos (B, F, 3, H, W) in [-1, 1]; see `sample_latents`."""
-    return pipe.codec.decode(sample_latents(pipe, seeds, labels, cache, progress))
+    return pipe.codec.decode(sample_latents(pipe, seeds, labels, cache, on_step))
 
 
 def sample_latents(
@@ -56,12 +56,13 @@ def sample_latents(
     seeds: Sequence[int],
     labels: Sequence[int] | None,
     cache: CacheOptions | None = None,
-    progress: bool = False,
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Latents (B, F, C, h, w) in fp32, one clip a seed: the same clip whatever else is in the batch.
 
     labels: one a seed; None for a model without classes.
     cache: the plan, None: that of pipe.cfg. Two plans with the same seeds give clips that pair.
+    on_step: called after each step, for a progress bar.
     """
     cfg, model, cache = pipe.cfg, pipe.model, cache or pipe.cfg.cache
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
@@ -70,17 +71,20 @@ def sample_latents(
     plan = plan_steps(pipe.diffusion, cache)
     denoiser = pipe.uncached if all(plan) else SkipCache(model, plan, cache.depth, pipe.steps)
     denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
-    return pipe.diffusion.sample_loop(
+    for out in pipe.diffusion.sample_loop_progressive(
         denoiser,
         (len(seeds), model.num_frames, model.in_channels, model.input_size, model.input_size),
         clip_denoised=False,  # latents are not bounded by 1
         model_kwargs={"y": y},
         device=pipe.device,
-        progress=progress,
         eta=cfg.eta,
         generators=generators,
         method=cfg.sample_method,
-    )
+    ):
+        latents = out["sample"]
+        if on_step:
+            on_step()
+    return latents
 
 
 def plan_steps(diffusion: Diffusion, cache: CacheOptions) -> list[bool]:

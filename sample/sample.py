@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
 
 from configs import CacheOptions, SampleConfig, UserError
 from datasets import class_index, class_names
@@ -89,7 +89,8 @@ def main() -> None:
     write_json(Path(cfg.save_video_path, "sample.json"), record)
     if args.compare:
         print_table(report)
-    print(f"{len(clips)} clips in {cfg.save_video_path}")
+        print(f"seconds of all {len(clips)} clips, speed-up per batch (median), on {record['machine']}")
+    print(f"videos: {cfg.save_video_path}")
 
 
 def choose_clips(cfg: SampleConfig, wanted: list[str | int] | None) -> list[Clip]:
@@ -113,20 +114,21 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
     batches = [clips[i : i + size] for i in range(0, len(clips), size)]
     if len(plans) > 1:
         warm_up(pipe, batches[0], plans)
-    for batch in batches:
-        for run in runs:
-            latents, seconds = timed(pipe.device, sample_batch, pipe, batch, run.plan.cache, progress=True)
-            run.sampling.append(seconds)
-            videos, seconds = timed(pipe.device, pipe.codec.decode, latents)
-            run.decoding.append(seconds)
-            run.videos.append(videos.cpu())
+    with tqdm(total=len(batches) * len(runs) * pipe.cfg.num_sampling_steps, unit="step", mininterval=1) as bar:
+        for batch in batches:
+            for run in runs:
+                latents, seconds = timed(pipe.device, sample_batch, pipe, batch, run.plan.cache, bar.update)
+                run.sampling.append(seconds)
+                videos, seconds = timed(pipe.device, pipe.codec.decode, latents)
+                run.decoding.append(seconds)
+                run.videos.append(videos.cpu())
     return runs
 
 
-def sample_batch(pipe: Pipeline, batch: list[Clip], cache: CacheOptions, progress: bool = False) -> Tensor:
+def sample_batch(pipe: Pipeline, batch: list[Clip], cache: CacheOptions, on_step: Callable | None = None) -> Tensor:
     """Latents (B, F, C, h, w)."""
     labels = None if pipe.cfg.num_classes is None else [clip.label for clip in batch]
-    return sample_latents(pipe, [clip.seed for clip in batch], labels, cache, progress)
+    return sample_latents(pipe, [clip.seed for clip in batch], labels, cache, on_step)
 
 
 def warm_up(pipe: Pipeline, batch: list[Clip], plans: list[Plan]) -> None:
@@ -136,10 +138,10 @@ def warm_up(pipe: Pipeline, batch: list[Clip], plans: list[Plan]) -> None:
         sample_batch(pipe, batch, plan.cache)
 
 
-def timed(device: torch.device, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+def timed(device: torch.device, function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, float]:
     """The function's result, and the seconds until the device had it."""
     start = time.perf_counter()
-    result = function(*args, **kwargs)
+    result = function(*args)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - start
@@ -147,6 +149,8 @@ def timed(device: torch.device, function: Callable[..., Tensor], *args: Any, **k
 
 def summarize(run: Run, first: Run) -> dict[str, Any]:
     """The figures of a run; with --compare `first` is the uncached one."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # slow
+
     figures = {
         "plan": asdict(run.plan),
         "seconds": {"sampling": sum(run.sampling), "decoding": sum(run.decoding), "sampling_batches": run.sampling},

@@ -78,7 +78,7 @@ def sample_share(cfg: SampleConfig, seeds: list[int], folder: Path, env: Environ
     if not seeds:
         return
     pipe = load(cfg, env.device)
-    with tqdm(total=len(seeds), unit="clip", disable=not env.is_main) as bar:
+    with tqdm(total=len(seeds), unit="clip", mininterval=1, disable=not env.is_main) as bar:
         for i in range(0, len(seeds), cfg.per_proc_batch_size):
             batch = seeds[i : i + cfg.per_proc_batch_size]
             videos = generate(pipe, batch, labels_of(batch, cfg))  # (B, F, 3, H, W)

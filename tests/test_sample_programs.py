@@ -75,7 +75,7 @@ def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, 
     assert n3["plan"]["cache"] == {"interval": 3, "start": 900, "stop": 50, "depth": 2}
     for figures in (n2, n3):
         assert figures["speedup"] > 0 and 10 < figures["psnr"] < 100 and 0.5 < figures["ssim"] <= 1
-    table = capsys.readouterr().out.splitlines()[-5:-1]
+    table = capsys.readouterr().out.splitlines()[-6:-2]
     assert [line.split()[0] for line in table] == ["sampling", "uncached", "N2", "N3-b2"]
     assert "1.00x" in table[1] and " dB" in table[2]
 
