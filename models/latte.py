@@ -143,8 +143,9 @@ class Latte(nn.Module, StrictHubMixin):
         clip, stills = x[:, : self.num_frames], x[:, self.num_frames :]
         if i == 0:
             clip = clip + self.temp_embed[:, :, None]  # (1, F, 1, D)
-        clip = temporal(clip.transpose(1, 2), c[:, :1]).transpose(1, 2)  # (B, T, F, D) inside
-        return torch.cat([clip, stills], dim=1) if stills.shape[1] else clip
+        # Contiguous, or every norm and sum of the block would copy, or stride through, its input.
+        clip = temporal(clip.transpose(1, 2).contiguous(), c[:, :1]).transpose(1, 2)  # (B, T, F, D) inside
+        return torch.cat([clip, stills], dim=1) if stills.shape[1] else clip.contiguous()
 
     def unembed(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, F, T, D) to (B, F, 2C, H, W)."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class TimestepEmbedder(nn.Module):
@@ -59,8 +60,8 @@ class Block(nn.Module):
         B, G = x.shape[:2]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).unsqueeze(2).chunk(6, dim=-1)
         sequences = modulate(self.norm1(x), shift_a, scale_a).flatten(0, 1)  # (B*G, S, D)
-        x = x + gate_a * self.attn(sequences).unflatten(0, (B, G))
-        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = torch.addcmul(x, gate_a, self.attn(sequences).unflatten(0, (B, G)))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
 class FP32LayerNorm(nn.LayerNorm):

@@ -1,0 +1,28 @@
+"""The benchmark compares two ways of computing one function."""
+
+import torch
+
+from configs import SampleConfig, load_config
+from models import get_models
+from tools.benchmark import as_original, benchmark
+
+TINY = ["model=Latte-skip", "num_classes=5", "image_size=32", "hidden_size=32", "num_heads=2", "depth=8", "num_frames=4"]
+
+
+@torch.no_grad()
+def test_the_original_way_computes_the_same_and_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = get_models(load_config(SampleConfig, None, TINY)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 5])
+    ours = model(x, t, y)
+    torch.testing.assert_close(as_original(model, x, t, y), ours, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(x, t, y), ours)
+
+
+def test_report_has_every_way_and_its_share_of_the_matmul_rate(capsys):
+    report = benchmark(load_config(SampleConfig, None, TINY), runs=1, batch=1)
+    assert {"original, fp32", "fp32", "fp32, cached"} <= set(report["ways"])
+    assert all(0 < way["share_of_matmul_rate"] and way["seconds"] > 0 for way in report["ways"].values())
+    assert "matmul rate in float32" in capsys.readouterr().out
