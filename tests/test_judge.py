@@ -1,0 +1,184 @@
+"""tools/judge.py: labels come from what the samplers write, each figure responds to what it is for, runs repeat."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from configs import UserError, load_config
+from tools import judge
+from tools.common.media import save_video
+
+NAMES, SIZE, FRAMES = ["Bars", "Dots", "Waves"], 32, 4
+
+
+def clip(label: int, number: int, frames: int = FRAMES + 2) -> Tensor:
+    """(F, 3, S, S): a pattern of the class that moves by two pixels a frame, another shade for each clip."""
+    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    pattern = [(x + 2 * t) // 4 % 2, ((x + 2 * t) // 4 + y // 4) % 2, (y + 2 * t) // 8 % 2][label]
+    shade = torch.linspace(0.5, 1, 8)[number % 8]
+    return ((pattern * 2 - 1) * shade)[:, None].expand(-1, 3, -1, -1)
+
+
+def memory(videos: Tensor, label: int = 0) -> judge.Clips:
+    """Clips of one class that were read from no file."""
+    return judge.Clips(list(videos), torch.full([len(videos)], label), [f"{i}.mp4" for i in range(len(videos))])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """train/ and test/ with class folders, and samples/ as sample_ddp.py writes them, seeds from 100 on."""
+    root = tmp_path_factory.mktemp("judge")
+    for split, numbers in (("train", range(8)), ("test", range(2))):
+        for label, name in enumerate(NAMES):
+            for number in numbers:
+                save_video(root / split / name / f"v_{name}_{number}.mp4", clip(label, number), fps=8)
+    labels = [2, 0, 1, 1, 0, 2]
+    for i, label in enumerate(labels):
+        save_video(root / "samples" / f"{100 + i:06d}.mp4", clip(label, i, FRAMES), fps=8)
+    record = {"config": {"seed": 100}, "labels": labels}
+    (root / "samples" / judge.RECORD).write_text(json.dumps(record))
+    return root
+
+
+@pytest.fixture
+def options(data, tiny, tmp_path) -> list[str]:
+    paths = {"train_path": data / "train", "test_path": data / "test", "vae_path": tiny.parent / "vae"}
+    values = {
+        "output": tmp_path / "judge.json",
+        "num_frames": FRAMES,
+        "image_size": SIZE,
+        "epochs": 12,
+        "batch_size": 4,
+    }
+    return [f"{key}={value}" for key, value in (paths | values).items()]
+
+
+def run(monkeypatch, *arguments: str) -> dict:
+    monkeypatch.setattr(sys, "argv", ["judge.py", *arguments])
+    judge.main()
+    output = next(a for a in arguments if a.startswith("output="))
+    return json.loads(Path(output.removeprefix("output=")).read_text())
+
+
+def test_the_program_judges_real_clips_and_samples(data, options, monkeypatch, capsys):
+    """The classifier learns from a handful of clips, knows the samples' classes, and a second run says the same."""
+    record = run(monkeypatch, *options, f"samples_path={data}/sam*")
+    sets = record["sets"]
+    assert list(sets)[:2] == ["real train", "real test"] and list(sets)[-1] == str(data / "samples")
+    assert {name: report["accuracy"] for name, report in sets.items() if "VAE" not in name} == {
+        "real train": 1.0, "real test": 1.0, str(data / "samples"): 1.0,
+    }  # fmt: skip
+    samples = sets[str(data / "samples")]
+    assert samples["clips"] == 6 and samples["by_class"]["Waves"]["judged_as"] == [0, 0, 2]
+    assert samples["each"][0]["label"] == 2 and "Waves" in samples["each"][0]["nearest_file"]
+    assert samples["mean"]["ratio"]["motion"] == pytest.approx(1, abs=0.25)
+    out = capsys.readouterr().out
+    assert "proxy judge" in out and "not usable" not in out
+    again = run(monkeypatch, *options, f"samples_path={data}/samples")
+    assert again["sets"] == sets
+
+
+def test_a_judge_that_fails_on_real_clips_says_so(options, monkeypatch, capsys):
+    run(monkeypatch, *options, "epochs=1", "lr=0")
+    assert "not usable" in capsys.readouterr().out
+
+
+def test_labels_come_from_the_record_the_names_or_the_folders(data, tmp_path):
+    cfg = load_config(judge.JudgeConfig, overrides=[f"num_frames={FRAMES}", f"image_size={SIZE}"])
+    assert judge.load_samples(data / "samples", NAMES, cfg).labels.tolist() == [2, 0, 1, 1, 0, 2]
+    for seed, label in enumerate([1, 2, 0]):
+        save_video(tmp_path / f"{seed:06d}_{NAMES[label]}.mp4", clip(label, 0), fps=8)
+    save_video(tmp_path / "grid.mp4", clip(0, 0), fps=8)  # sample.py's; no sample
+    assert judge.load_samples(tmp_path, NAMES, cfg).labels.tolist() == [1, 2, 0]
+    assert judge.load_samples(data / "test", NAMES, cfg).labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_nearest_is_the_least_rmse_over_offsets():
+    """As by brute force, in grey levels; a train clip does not find itself."""
+    torch.manual_seed(0)
+    train = memory(torch.rand(3, FRAMES + 3, 3, 8, 8) * 2 - 1)
+    x = torch.rand(5, FRAMES, 3, 8, 8) * 2 - 1
+    x[1] = train.videos[2][1 : 1 + FRAMES] + 0.01
+    distance, index = judge.nearest(x, train, itself=False)
+    windows = [[v[o : o + FRAMES] for o in range(4)] for v in train.videos]
+    brute = [[min((127.5 * (clip - w)).square().mean().sqrt().item() for w in ws) for ws in windows] for clip in x]
+    assert distance.tolist() == pytest.approx([min(row) for row in brute], rel=1e-3)
+    assert index.tolist() == [row.index(min(row)) for row in brute]
+    assert distance[1].item() == pytest.approx(1.275, rel=1e-3) and index[1] == 2
+    alone, index = judge.nearest(train.middle(FRAMES), train, itself=True)
+    assert (alone > 50).all() and (index != torch.arange(3)).all()
+
+
+def test_figures_respond_to_what_they_measure():
+    """Frozen, shuffled, blurred, identical and copied clips each move the figure that is theirs."""
+    cfg = load_config(judge.JudgeConfig, overrides=[f"num_frames={FRAMES}"])
+    torch.manual_seed(0)
+    model = judge.create_classifier(1)
+    frames = torch.rand(8, 1, 3, SIZE, SIZE) * 2 - 1
+    drift = torch.linspace(-0.2, 0.2, FRAMES)[:, None, None, None]
+    train, test = (memory(half * 0.7 + drift) for half in frames.split(4))  # (4, F, 3, S, S) each
+
+    def measured(videos: Tensor) -> dict:
+        reports = [judge.measure(c, train, model, ["A"], cfg) for c in (memory(videos), train, test)]
+        judge.compare(*reports)
+        return reports[0] | reports[0]["mean"]
+
+    x = test.middle(FRAMES)
+    real = measured(x)
+    assert real["motion"] == pytest.approx(0.4 / 3 * 127.5, rel=1e-4) and real["nearer"] == 0
+    assert measured(x[:, :1].expand_as(x))["motion"] == 0
+    assert measured(x[:, [0, 3, 1, 2]])["motion"] > 1.5 * real["motion"]
+    blurred = torch.nn.functional.avg_pool3d(x, (1, 5, 5), stride=1, padding=(0, 2, 2))
+    assert measured(blurred)["detail"] < 0.5 * real["detail"]
+    same = measured(x[:1].expand_as(x))
+    assert same["pixels"] < 0.1 and same["features"] < 1e-3 < 0.1 * real["features"]
+    copies = measured(train.middle(FRAMES))
+    assert copies["nearest"] < 0.1 and copies["nearer"] == 1 and copies["ratio"]["pixels"] == pytest.approx(1)
+
+
+def test_augmentation_keeps_a_clip_still():
+    """Each clip is changed in its own way, and the same way in all of its frames but for the noise."""
+    torch.manual_seed(0)
+    still = clip(1, 0, frames=1).expand(3, 8, 3, -1, -1)
+    y = judge.augment(still)
+    assert y.shape == still.shape and not torch.allclose(y[0], y[1], atol=0.3)
+    motion = y.diff(dim=1).flatten(1).std(1)  # of two draws of noise, each with a deviation of 0.15 at most
+    assert (motion < 1.1 * 0.15 * math.sqrt(2)).all()
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 7), (84, 84), (60, 70)])
+def test_wilson_is_scipys(hits, total):
+    interval = binomtest(hits, total).proportion_ci(method="wilson")
+    assert judge.wilson(hits, total) == pytest.approx((interval.low, interval.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("samples_path=nowhere", "samples_path: no folder"),
+        ("samples_path={data}/train/Bars", "holds no samples of Bars, Dots, Waves"),
+        ("test_path={data}/test/Bars", "has other class folders than train_path"),
+        ("train_path=nowhere", "train_path: nothing at"),
+        ("vae_path={data}", "no VAE in"),
+        ("num_frames=7", "6 frames at interval 1, num_frames=7 needed"),
+        ("frame_interval=2", "3 frames at interval 2, num_frames=4 needed"),
+        ("smaples_path=x", "did you mean samples_path?"),
+    ],
+)
+def test_mistakes_are_one_line(data, options, monkeypatch, change, message):
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, *options, change.format(data=data))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_needs_two_samples(data, options, monkeypatch, tmp_path):
+    for seed, label in enumerate([0, 0, 1, 1, 2]):
+        save_video(tmp_path / "one" / f"{seed}_{NAMES[label]}.mp4", clip(label, 0), fps=8)
+    with pytest.raises(UserError, match="two clips of every class"):
+        run(monkeypatch, *options, f"samples_path={tmp_path}/one")
