@@ -15,6 +15,7 @@ def test_the_original_way_computes_the_same_and_leaves_the_model_as_it_was():
     model = get_models(load_config(SampleConfig, None, TINY)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    model.set_attention("math")
     x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 5])
     ours = model(x, t, y)
     torch.testing.assert_close(as_original(model, x, t, y), ours, rtol=1e-5, atol=1e-5)
