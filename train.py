@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from configs import TrainConfig, UserError, choice, load_config, to_yaml
+from configs import TrainConfig, UserError, choice, load_config, require_path, to_yaml
 from datasets import ClipSampler, collate, get_dataset, load_batches
 from diffusion import Diffusion, create_diffusion
 from models import get_models
@@ -76,7 +76,10 @@ def train(cfg: TrainConfig) -> None:
     torch.manual_seed(cfg.global_seed)  # the same first weights on every rank
 
     dataset = get_dataset(cfg)
-    codec = None if cfg.latents_path else LatentCodec.from_pretrained(vae_folder(cfg), device)
+    codec = None  # the latents are encoded already
+    if not cfg.latents_path:
+        vae = require_path(cfg, "pretrained_model_path") / cfg.vae
+        codec = LatentCodec.from_pretrained(vae, device, chunk_frames=cfg.vae_chunk_frames)
     diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
     latte = get_models(cfg).to(device)
     automatic = fastest_attention(device, DTYPES[cfg.mixed_precision])
@@ -115,6 +118,8 @@ def train(cfg: TrainConfig) -> None:
         f"{run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
         f"{micro_batch * cfg.gradient_accumulation_steps} a step, steps {first_step} to {cfg.max_train_steps}"
     )
+    if first_step > cfg.max_train_steps:
+        log.say("this run is finished: raise max_train_steps to go on, or start another with resume_from_checkpoint=no")
     stop, meter, bad_steps = StopSignal(accelerator), Meter(), 0
     for step in range(first_step, cfg.max_train_steps + 1):
         for group in optimizer.param_groups:
@@ -186,7 +191,8 @@ def clip_losses(
     mean, std = latent_moments(batch["video"].to(device), codec)  # (B, F+K, C, h, w)
     B = len(mean)
     t = torch.empty(B, dtype=torch.int64, device=device)
-    posterior_noise, noise, coins = torch.empty_like(mean), torch.empty_like(mean), torch.empty(B, 2, device=device)
+    # Contiguous, whatever the latents' strides: what a generator draws depends on the layout it fills.
+    posterior_noise, noise, coins = (torch.empty(shape, device=device) for shape in (mean.shape, mean.shape, (B, 2)))
     for i in range(B):
         generator = torch.Generator(device).manual_seed(clip_seed(cfg.global_seed, first + i))
         posterior_noise[i].normal_(generator=generator)
@@ -242,10 +248,6 @@ def shared_run(cfg: TrainConfig, rank: int) -> Path:
     """The run folder to continue or a new one, the same on every rank."""
     run = [runs.find_run(cfg) or runs.create_run(cfg)] if rank == 0 else [None]
     return broadcast_object_list(run)[0]
-
-
-def vae_folder(cfg: TrainConfig) -> Path:
-    return Path(cfg.pretrained_model_path or "", cfg.vae)
 
 
 class Meter:

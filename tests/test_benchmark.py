@@ -6,7 +6,7 @@ from configs import SampleConfig, load_config
 from models import get_models
 from tools.benchmark import as_original, benchmark
 
-TINY = ["model=Latte-skip", "num_classes=5", "image_size=32", "hidden_size=32", "num_heads=2", "depth=8", "num_frames=4"]
+TINY = ["model=Latte-skip", "num_classes=5", "image_size=32", "hidden_size=32", "num_heads=2", "depth=8"]
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def test_the_original_way_computes_the_same_and_leaves_the_model_as_it_was():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.set_attention("math")
-    x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 5])
+    x, t, y = torch.randn(2, 16, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 5])
     ours = model(x, t, y)
     torch.testing.assert_close(as_original(model, x, t, y), ours, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(x, t, y), ours)
@@ -25,5 +25,5 @@ def test_the_original_way_computes_the_same_and_leaves_the_model_as_it_was():
 def test_report_has_every_way_and_its_share_of_the_matmul_rate(capsys):
     report = benchmark(load_config(SampleConfig, None, TINY), runs=1, batch=1)
     assert {"original, fp32", "fp32", "fp32, cached"} <= set(report["ways"])
-    assert all(0 < way["share_of_matmul_rate"] and way["seconds"] > 0 for way in report["ways"].values())
+    assert all(way["share_of_matmul_rate"] > 0 and way["seconds"] > 0 for way in report["ways"].values())
     assert "matmul rate in float32" in capsys.readouterr().out

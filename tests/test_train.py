@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,3 +258,25 @@ def test_compiled_blocks_equal_the_plain_run(latents, tmp_path):
     """To 1e-5 in fp32, and the names in the checkpoint stay plain."""
     plain = run(latents, tmp_path / "plain", max_train_steps=2)
     assert_equal(run(latents, tmp_path / "compiled", use_compile=True, max_train_steps=2), plain, tolerance=1e-5)
+
+
+def test_training_from_pixels_equals_training_from_encoded_latents(tiny, tmp_path):
+    """latents_path changes what is read, not what is learned (but for the half precision of the files)."""
+    from tools.encode_latents import encode
+
+    data = tmp_path / "clips"
+    for source in sorted((ROOT / "datasets" / "demo" / "train").glob("*/*_c01.mp4"))[:2]:
+        shutil.copytree(source.parent, data / source.parent.name, ignore=lambda _, names: sorted(names)[3:])
+    options = dict(data_path=data, pretrained_model_path=tiny.parent, max_train_steps=2, local_batch_size=2)
+    pixels = run("", tmp_path / "pixels", **options)
+    encode(config(tmp_path / "latents", tmp_path, **options), 0, 1, torch.device("cpu"))
+    assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == 6
+    encoded = run(tmp_path / "latents", tmp_path / "encoded", **options)
+    assert losses(tmp_path / "encoded") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-3)
+    assert_equal(encoded, pixels, tolerance=2e-2)
+
+
+def test_finished_run_says_so(latents, tmp_path, capsys):
+    run(latents, tmp_path, max_train_steps=2)
+    run(latents, tmp_path, max_train_steps=2)
+    assert "this run is finished" in capsys.readouterr().out

@@ -45,8 +45,8 @@ def encode(cfg: TrainConfig, rank: int, world_size: int, device: torch.device) -
     """This rank's share of the videos."""
     target, source = Path(cfg.latents_path), require_path(cfg, "data_path")
     cfg.latents_path, cfg.use_image_num, cfg.dataset = None, 0, cfg.dataset.removesuffix("_img")
-    clips = get_dataset(cfg)
-    codec = LatentCodec.from_pretrained(Path(cfg.pretrained_model_path or "", cfg.vae), device)
+    clips, vae = get_dataset(cfg), require_path(cfg, "pretrained_model_path") / cfg.vae
+    codec = LatentCodec.from_pretrained(vae, device, chunk_frames=cfg.vae_chunk_frames)
 
     target.mkdir(parents=True, exist_ok=True)
     record = {key: getattr(cfg, key) for key in ("dataset", "image_size", "horizontal_flip", "data_path", "vae")}
