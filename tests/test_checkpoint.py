@@ -198,3 +198,16 @@ def test_hub_folder_loads_strictly(tmp_path):
         Latte.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="num_skips=2, the model num_skips=0"):
         Latte.from_pretrained(tmp_path, num_skips=0)
+
+
+def test_export_keeps_the_ema_and_refuses_what_half_precision_cannot_hold(tmp_path):
+    from tools.export_checkpoint import export
+
+    torch.save({"ema": {"w": torch.tensor([1.0])}, "model": {"w": torch.tensor([2.0])}}, tmp_path / "a.pt")
+    export(tmp_path / "a.pt", tmp_path / "a.safetensors", "fp16")
+    weight = load_state_dict(tmp_path / "a.safetensors")["w"]
+    assert weight.dtype == torch.float16 and weight.item() == 1.0
+    torch.save({"ema": {"w": torch.tensor([1e6])}}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match="1 weights are not finite in fp16, w the first"):
+        export(tmp_path / "b.pt", tmp_path / "b.safetensors", "fp16")
+    assert not (tmp_path / "b.safetensors").exists()
