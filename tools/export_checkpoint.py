@@ -1,7 +1,7 @@
 """Write the weights of a checkpoint, its EMA where it has one, as a .safetensors file to publish.
 
     python tools/export_checkpoint.py results/000-Latte-skip-ucf101/checkpoints/1000000.pt ucf101.safetensors
-    python tools/export_checkpoint.py results/demo/*/checkpoints/0004000.pt pretrained/demo/skip.safetensors --dtype fp16
+    python tools/export_checkpoint.py results/demo/000-.../checkpoints/0004000.pt skip.safetensors --dtype fp16
 
 Every program reads the result as its `ckpt`, and computes in the type of its own `precision`.
 """
