@@ -18,8 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +32,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from configs import TrainConfig, UserError, choice, load_config, require_path, to_yaml
+from configs import SampleConfig, TrainConfig, UserError, choice, load_config, require_path, to_yaml
 from datasets import ClipSampler, collate, get_dataset, load_batches
 from diffusion import Diffusion, create_diffusion
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.latte import Latte, fastest_attention, init_skips_as_identity
+from sample.pipeline import Pipeline, generate, make_diffusion, resolve
 from tools.common import cli, runs
+from tools.common.media import save_grid
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter moves
@@ -76,8 +80,8 @@ def train(cfg: TrainConfig) -> None:
     torch.manual_seed(cfg.global_seed)  # the same first weights on every rank
 
     dataset = get_dataset(cfg)
-    codec = None  # the latents are encoded already
-    if not cfg.latents_path:
+    codec = None
+    if not cfg.latents_path or cfg.preview_every or cfg.validation_every:
         vae = require_path(cfg, "pretrained_model_path") / cfg.vae
         codec = LatentCodec.from_pretrained(vae, device, chunk_frames=cfg.vae_chunk_frames)
     diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
@@ -101,7 +105,7 @@ def train(cfg: TrainConfig) -> None:
     else:
         state = {"step": 0, "consumed": 0, "scaler": None}
         if cfg.pretrained:
-            start_from_pretrained(latte, cfg, diffusion, codec, dataset, log)
+            start_from_pretrained(latte, cfg, diffusion, None if cfg.latents_path else codec, dataset, log)
         ema.update_parameters(latte)  # the first update copies
     if cfg.use_compile:
         for block in latte.blocks:  # one by one: all spatial blocks share a graph, and so do all temporal ones
@@ -109,6 +113,9 @@ def train(cfg: TrainConfig) -> None:
     model, optimizer = accelerator.prepare(latte, optimizer)
     if state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
+
+    encoder = None if cfg.latents_path else codec  # None: the batches hold moments
+    fixed = validation_batch(cfg, codec, diffusion, device) if cfg.validation_every and rank == 0 else None
 
     first_step, consumed = state["step"] + 1, state["consumed"]  # clips of all processes so far
     micro_batch = cfg.local_batch_size * world  # clips of all processes in one forward
@@ -130,7 +137,7 @@ def train(cfg: TrainConfig) -> None:
             first = consumed + rank * cfg.local_batch_size
             last = micro == cfg.gradient_accumulation_steps - 1
             with nullcontext() if last else accelerator.no_sync(model):  # the ranks' gradients meet in the last one
-                losses = clip_losses(model, diffusion, codec, next(batches), first, cfg, device)
+                losses = clip_losses(model, diffusion, encoder, next(batches), first, cfg, device)
                 share = losses.mean() / cfg.gradient_accumulation_steps
                 accelerator.backward(share)
             loss += share.detach()
@@ -159,6 +166,13 @@ def train(cfg: TrainConfig) -> None:
             epoch, remaining = consumed / len(dataset), cfg.max_train_steps - step
             figures = meter.read(micro_batch * cfg.gradient_accumulation_steps, remaining)
             log.report(step=step, epoch=epoch, gradient_norm=norm, lr=learning_rate(cfg, step), **figures)
+        if rank == 0 and fixed and step % cfg.validation_every == 0:
+            with torch.no_grad(), accelerator.autocast():
+                losses = diffusion.training_losses(ema.module, **fixed)["loss"]
+            log.report(step=step, validation_loss=losses.mean().item())
+        if rank == 0 and cfg.preview_every and step % cfg.preview_every == 0:
+            with accelerator.autocast():
+                preview(run / "previews", step, ema.module, cfg, codec, device)
         save_weights = step % cfg.ckpt_every == 0 or finished
         if rank == 0 and finite and (save_weights or interrupted):  # never over a good state with a bad one
             weights = latte.state_dict()
@@ -213,6 +227,39 @@ def clip_losses(
 def latent_moments(video: Tensor, codec: LatentCodec | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a batch's latents, from pixels or from moments encoded before the training."""
     return codec.moments(video) if codec else video.float().chunk(2, dim=2)
+
+
+def validation_batch(
+    cfg: TrainConfig, codec: LatentCodec, diffusion: Diffusion, device: torch.device
+) -> dict[str, Any]:
+    """Clips of `validation_path`, noise and timesteps that never change: the arguments of `training_losses`."""
+    path = str(require_path(cfg, "validation_path"))
+    dataset = get_dataset(
+        replace(cfg, dataset=cfg.dataset.removesuffix("_img"), data_path=path, latents_path=None, use_image_num=0)
+    )
+    chosen = np.linspace(0, len(dataset) - 1, cfg.validation_clips).round().astype(int).tolist()
+    batch = collate([dataset[0, i] for i in chosen])
+    x = codec.encode(batch["video"].to(device))  # (B, F, C, h, w)
+    t = torch.linspace(0, diffusion.num_timesteps - 1, len(x), device=device).long()  # (B,)
+    noise = torch.randn(x.shape, generator=torch.Generator(device).manual_seed(cfg.global_seed), device=device)
+    labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device)}
+    return dict(x_start=x, t=t, model_kwargs=labels, noise=noise)
+
+
+def preview(folder: Path, step: int, model: Latte, cfg: TrainConfig, codec: LatentCodec, device: torch.device) -> None:
+    """Videos of seeds and labels 0, 1, ...: `{step}-uncached.mp4` and, for a model with skips, `{step}-N2.mp4`."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if hasattr(cfg, f.name)}
+    options = resolve(SampleConfig(**shared), device)
+    pipe = Pipeline(options, model, codec, make_diffusion(options), device, uncached=model)
+    seeds = range(cfg.preview_clips)
+    labels = None if model.num_classes is None else [seed % model.num_classes for seed in seeds]
+    intervals = {"uncached": 1}
+    if model.num_skips:
+        cached = max(2, options.cache.interval)
+        intervals[f"N{cached}"] = cached
+    for name, interval in intervals.items():
+        videos = generate(pipe, seeds, labels, replace(options.cache, interval=interval))
+        save_grid(folder / f"{step:07d}-{name}.mp4", videos, options.fps)
 
 
 def clip_seed(seed: int, number: int) -> int:

@@ -125,8 +125,8 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(ModelOptions, DiffusionOptions, AutoencoderOptions, DataOptions):
-    """Options of train.py and of tools/encode_latents.py."""
+class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOptions, DataOptions):
+    """Options of train.py and of tools/encode_latents.py. The sampler's are those of the previews."""
 
     results_dir: str = path_option("./results")
     pretrained: str | None = path_option()  # weights to start from, of Skip-DiT or of Latte
@@ -150,6 +150,11 @@ class TrainConfig(ModelOptions, DiffusionOptions, AutoencoderOptions, DataOption
     global_seed: int = 3407
     log_every: int = 100
     ckpt_every: int = 10_000
+    preview_every: int = 0  # steps between preview videos from the EMA, without and with cache; 0: none
+    preview_clips: int = 4
+    validation_every: int = 0  # steps between losses of the EMA on fixed clips at fixed noise; 0: none
+    validation_path: str | None = path_option()  # those clips, laid out as data_path
+    validation_clips: int = 16
     keep_resume_states: int = 2  # resume states kept (weights for sampling are all kept)
 
 
@@ -164,7 +169,6 @@ INERT = {  # the original's keys that do nothing here, and why
     "enable_xformers_memory_efficient_attention": "attention_mode: auto picks the fastest",
     "run_time": "videos are counted by num_fvd_samples",
     "num_sample": "videos are counted by num_fvd_samples, or samples_per_class",
-    "num_sampling_steps": "the number of steps is chosen when sampling",
     "negative_name": "the null label comes from num_classes",
     "frame_interval": "clips are sampled at the interval of their training",
 }

@@ -280,3 +280,21 @@ def test_finished_run_says_so(latents, tmp_path, capsys):
     run(latents, tmp_path, max_train_steps=2)
     run(latents, tmp_path, max_train_steps=2)
     assert "this run is finished" in capsys.readouterr().out
+
+
+def test_previews_and_validation_look_on_and_change_nothing(tiny, latents, tmp_path):
+    """Videos with and without cache, a loss on fixed clips, TensorBoard; the weights are those of a run without."""
+    data = tmp_path / "clips"
+    for source in sorted((ROOT / "datasets" / "demo" / "test").glob("*/*_c01.mp4"))[:2]:
+        (data / source.parent.name).mkdir(parents=True)
+        shutil.copy(source, data / source.parent.name)
+    options = dict(max_train_steps=4, pretrained_model_path=tiny.parent, sample_method="ddim", num_sampling_steps=3)
+    plain = run(latents, tmp_path / "plain", **options)
+    watched = dict(preview_every=2, preview_clips=2, validation_every=2, validation_path=data, validation_clips=2)
+    assert_equal(run(latents, tmp_path / "watched", **options, **watched), plain)
+    folder = next((tmp_path / "watched").iterdir())
+    names = sorted(path.name for path in (folder / "previews").iterdir())
+    assert names == [f"{step:07d}-{plan}.mp4" for step in (2, 4) for plan in ("N2", "uncached")]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert list((folder / "tensorboard").iterdir())

@@ -6,26 +6,32 @@ import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from configs import UserError, load_config, to_yaml
 from models.checkpoint import atomic_path, save_checkpoint
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # Options that may change between a run and its continuation: they do not change what is learned.
 INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
     "use_compile", "attention_mode", "max_bad_steps", "max_bad_fraction",
+    "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips",
+    "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache",
 }  # fmt: skip
 
 
 class RunLog:
-    """Lines to the terminal and to `log.txt`, figures to `log.jsonl`; silent on every rank but 0."""
+    """Lines to the terminal and to `log.txt`, figures to `log.jsonl` and TensorBoard; silent on every rank but 0."""
 
     def __init__(self, run: Path, rank: int):
         self.run, self.silent = run, rank != 0
+        self.board: SummaryWriter | None = None
 
     def say(self, line: str) -> None:
         if not self.silent:
@@ -34,12 +40,19 @@ class RunLog:
             with (self.run / "log.txt").open("a") as file:
                 file.write(line + "\n")
 
-    def report(self, **figures: float) -> None:
-        """One line of figures, and the same as a line of `log.jsonl`."""
-        if not self.silent:
-            self.say("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
-            with (self.run / "log.jsonl").open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+    def report(self, step: int, **figures: float) -> None:
+        """One line of figures, and the same as a line of `log.jsonl` and in TensorBoard's folder."""
+        if self.silent:
+            return
+        self.say("  ".join([f"step {step}", *(f"{name} {value:.5g}" for name, value in figures.items())]))
+        with (self.run / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second's import, for the rank that writes
+
+            self.board = SummaryWriter(self.run / "tensorboard")
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, step)
 
 
 def find_run(cfg: Any) -> Path | None:
