@@ -30,7 +30,10 @@ def parser() -> Parser:
 def start_program(body: str, **env: str) -> subprocess.Popen:
     """A process that runs `cli.run` on a main made of `body`."""
     code = f"""
+import signal
 import time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 from configs import UserError
 from tools.common import cli
 
