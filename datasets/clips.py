@@ -54,7 +54,8 @@ def find_frame_folders(root: Path) -> list[Path]:
 
 def _walk(root: Path, suffixes: set[str]) -> list[tuple[Path, list[str]]]:
     found = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that stay
         names = [name for name in names if _has_suffix(name, suffixes)]
         if names:
             found.append((Path(folder), names))

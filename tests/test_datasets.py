@@ -16,7 +16,16 @@ from PIL import Image
 
 from configs import ROOT, UserError
 from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
-from datasets.clips import BadClip, ClipDataset, natural_order, read_frame_folder, read_image, read_video, temporal_crop
+from datasets.clips import (
+    BadClip,
+    ClipDataset,
+    find_frame_folders,
+    natural_order,
+    read_frame_folder,
+    read_image,
+    read_video,
+    temporal_crop,
+)
 from datasets.transforms import fit
 
 DEMO = ROOT / "datasets" / "demo"
@@ -430,3 +439,11 @@ def test_classes_are_chosen_by_index_or_by_name_in_any_case():
         class_index(3, names, 3)
     with pytest.raises(UserError, match="these classes have no names; give an index from 0 to 2"):
         class_index("bowling", None, 3)
+
+
+def test_hidden_folders_are_not_searched(tmp_path):
+    """Notebooks and file managers leave folders of images beside the data."""
+    for folder in ("a/.ipynb_checkpoints", "a/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "000000.png").touch()
+    assert find_frame_folders(tmp_path) == [tmp_path / "a" / "b"]
