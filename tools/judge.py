@@ -4,15 +4,17 @@
     python tools/judge.py samples_path=sample_videos/demo            # a folder of sample/sample_ddp.py
     python tools/judge.py samples_path='results/guidance_*' output=results/guidance.json       # several, a row each
 
-A small classifier is trained on the real train clips (minutes, one core). Then every set of clips gets a row:
-  accuracy  of the classifier, with a 95 % Wilson interval; it names one of the classes, however bad the clip
+A small classifier is trained (minutes, one core) on the real train clips, and on spoiled ones that belong to no class:
+in disorder, blurred to 8 x 8 pixels, two in one, drowned in noise. Then every set of clips gets a row:
+  accuracy  of the classifier, with a 95 % Wilson interval; a clip that it says is of no class counts as wrong
   motion    mean |difference of neighbouring frames|; detail: of neighbouring pixels
   pixels    diversity: mean distance (RMSE) of two clips of a class; features: in the classifier's features
   nearest   mean distance (RMSE) to the nearest train clip at any offset in time; of a train clip to another one
   nearer    share of clips that are nearer to a train clip than every real test clip of their class
 in grey levels, 0 ... 255, as the mean over classes, each also as a ratio ("x") to the real train clips. The rows
 "through VAE" are real clips encoded and decoded: what samples can be at best; with train clips, `nearest` is that of a
-copy. All this is a proxy: it compares runs on one data set, and is no FVD.
+copy. Real test clips are listed by class too: how far a class's figures differ within its own shot. All this is a
+proxy: it compares runs on one data set, and is no FVD.
 
 Samples are {seed}.mp4 with the labels in sample_ddp.json, {seed}_{class}.mp4 of sample/sample.py, or class folders.
 Letters: N clips of a set, B of a batch, F frames, S pixels of a side, O offsets in time, K classes, D features.
@@ -118,14 +120,19 @@ def load_clips(paths: Sequence[Path], labels: Sequence[int], cfg: JudgeConfig, i
 
 
 def create_classifier(num_classes: int, widths: Sequence[int] = (16, 32, 64, 128)) -> nn.Sequential:
-    """A (2+1)D convolutional network, (B, 3, F, S, S) -> features (B, D) -> logits (B, K)."""
+    """A (2+1)D convolutional network, (B, 3, F, S, S) -> features (B, D) -> logits (B, K + 1), the last of no class."""
     body = nn.Sequential()
     for before, width in zip([3, *widths], widths, strict=False):
         space = nn.Conv3d(before, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
         time = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
         body.extend([space, nn.GroupNorm(8, width), nn.ReLU(), time, nn.GroupNorm(8, width), nn.ReLU()])
     body.extend([nn.AdaptiveAvgPool3d(1), nn.Flatten()])
-    return nn.Sequential(body, nn.Linear(widths[-1], num_classes))
+    return nn.Sequential(body, nn.Linear(widths[-1], num_classes + 1))
+
+
+def blur(x: Tensor, size: int) -> Tensor:
+    """Squares of `size` pixels averaged, then interpolated: (B, F, 3, S, S)."""
+    return F.interpolate(F.avg_pool3d(x, (1, size, size)), size=x.shape[2:], mode="trilinear")
 
 
 def augment(x: Tensor) -> Tensor:
@@ -139,12 +146,20 @@ def augment(x: Tensor) -> Tensor:
     theta = torch.cat([torch.diag_embed(zoom.expand(-1, 2)), ((1 - zoom) * shift)[..., None]], dim=2)  # (B, 2, 3)
     grid = F.affine_grid(theta, [B, 3, S, S], align_corners=False).repeat_interleave(num_frames, 0)  # (B F, S, S, 2)
     x = F.grid_sample(x.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, (B, num_frames))
-    blurred = F.interpolate(F.avg_pool3d(x, (1, 2, 2)), scale_factor=(1, 2, 2), mode="trilinear")
-    x = x.lerp(blurred, uniform(0, 1, 1, 1, 1, 1))
+    x = x.lerp(blur(x, 2), uniform(0, 1, 1, 1, 1, 1))
     x = x * uniform(0.6, 1.4, 1, 3, 1, 1) + uniform(-0.3, 0.3, 1, 3, 1, 1)
     x = x + uniform(0, 0.15, 1, 1, 1, 1) * torch.randn_like(x)
     rows, columns = ((torch.arange(S) - uniform(0, S, 1)).abs() < S / 6 for _ in range(2))  # (B, S)
     return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None, None], 0)  # a grey square, S / 3 wide
+
+
+def spoil(x: Tensor) -> Tensor:
+    """Clips of no class from (B, F, 3, S, S): a quarter each in disorder, blurred, two in one, drowned in noise."""
+    rows, columns = (torch.arange(x.shape[-1]).view(4, -1)[torch.randperm(4)].flatten() for _ in range(2))
+    disorder = x[:, :, :, rows][..., columns]  # four rows and four columns of tiles, dealt anew
+    noise = 0.3 * x + 0.5 * torch.randn_like(x)
+    kinds = [disorder, blur(x, 8), (x + x.roll(1, 0)) / 2, noise]
+    return torch.cat([kind[i :: len(kinds)] for i, kind in enumerate(kinds)])
 
 
 def train_classifier(clips: Clips, num_classes: int, cfg: JudgeConfig) -> nn.Sequential:
@@ -157,8 +172,11 @@ def train_classifier(clips: Clips, num_classes: int, cfg: JudgeConfig) -> nn.Seq
     for _ in trange(cfg.epochs, desc="training the judge", unit="epoch"):
         x = clips.cut(cfg.num_frames, torch.rand(len(clips.files)))  # (N, F, 3, S, S)
         for batch in torch.randperm(len(x)).split(cfg.batch_size):
-            logits = model(augment(x[batch]).transpose(1, 2))  # (B, K)
-            F.cross_entropy(logits, clips.labels[batch], label_smoothing=0.1).backward()
+            y = augment(x[batch])
+            none = spoil(y[::2])
+            logits = model(torch.cat([y, none]).transpose(1, 2))  # (1.5 B, K + 1)
+            labels = torch.cat([clips.labels[batch], torch.full([len(none)], num_classes)])
+            F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -181,7 +199,7 @@ def nearest(x: Tensor, train: Clips, itself: bool) -> tuple[Tensor, Tensor]:
     columns = []
     for video in train.videos:
         y = video.unfold(0, num_frames, 1).movedim(-1, 1).flatten(1)  # (O, P)
-        columns.append((y.square().sum(1) - 2 * x @ y.T).amin(1))  # |x - y|^2 = |x|^2 - 2 x y + |y|^2
+        columns.append((y.square().sum(1) - 2 * (x @ y.T)).amin(1))  # |x - y|^2 = |x|^2 - 2 x y + |y|^2
     squared = torch.stack(columns, dim=1) + x.square().sum(1, keepdim=True)  # (N, number of train clips)
     best, index = (squared.fill_diagonal_(math.inf) if itself else squared).min(1)
     return LEVELS * (best.clamp(min=0) / x.shape[1]).sqrt(), index
@@ -199,7 +217,7 @@ def measure(clips: Clips, train: Clips, model: nn.Sequential, names: list[str], 
         own = clips.labels == label
         v = x[own] * LEVELS
         by_class[name] = {
-            "judged_as": judged[own].bincount(minlength=len(names)).tolist(),  # a row of the confusion matrix
+            "judged_as": judged[own].bincount(minlength=len(names) + 1).tolist(),  # a row of the confusion matrix
             "motion": v.diff(dim=1).abs().mean().item(),
             "detail": (v.diff(dim=3).abs().mean().item() + v.diff(dim=4).abs().mean().item()) / 2,
             "pixels": F.pdist(v.flatten(1)).mean().item() / math.sqrt(v[0].numel()),
@@ -230,7 +248,7 @@ def compare(report: dict[str, Any], train: dict[str, Any], test: dict[str, Any])
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
-    """A line for each set, and one for each class of samples, with how many were judged to be of which class."""
+    """A line for each set, and one for each class with the number of clips judged to be of each class, last of none."""
     width = max(22, *map(len, reports))
     lines = [f"{'proxy judge':{width}} clips  accuracy           " + "".join(f"{k:>15}" for k in FIGURES) + "  nearer"]
 
@@ -241,7 +259,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
         low, high = report["accuracy_interval"]
         line = f"{name:{width}} {report['clips']:5}  {report['accuracy']:6.1%} {f'({low:.1%}-{high:.1%})':14}"
         lines.append(f"{line}{figures(report['mean'])}{report['nearer']:8.1%}")
-        if not name.startswith("real "):
+        if name == "real test" or not name.startswith("real "):
             for label, row in report["by_class"].items():
                 lines.append(f"  {label:{width + 20}}{figures(row)}   judged as {row['judged_as']}")
     return "\n".join(lines)
@@ -278,7 +296,7 @@ def judge(cfg: JudgeConfig) -> dict[str, Any]:
         "what": "proxy judge, see tools/judge.py; differences and RMSE in grey levels, 0 ... 255",
         "config": asdict(cfg),
         "machine": describe_machine(torch.device("cpu")),
-        "classes": names,
+        "classes": [*names, "none"],
         "sets": reports,
     }
 
