@@ -53,6 +53,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps afte
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
     "cosine": lambda share: 0.5 + 0.5 * math.cos(math.pi * share),
+    "wsd": lambda share: min(1.0, 5 * (1.0 - share)),  # warm-up, stable, decay over the last fifth: arXiv:2405.18392
 }
 
 

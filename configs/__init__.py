@@ -133,7 +133,7 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     skip_init: str = "identity"  # skip branches for a Latte checkpoint: identity (they pass x on) | xavier
     resume_from_checkpoint: str = "auto"  # auto: the newest run of the same options | a run's folder | no: a new run
     learning_rate: float = 1e-4
-    lr_schedule: str = "constant"  # constant | linear | cosine, after lr_warmup_steps
+    lr_schedule: str = "constant"  # constant | linear | cosine | wsd (falls in the last fifth)
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     ema_decay: float = 0.9999

@@ -242,11 +242,15 @@ def test_unknown_choice_is_one_line_and_exit_1(override):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_learning_rate_warms_up_and_decays(latents, tmp_path):
-    cfg = config(latents, tmp_path, lr_schedule="linear", lr_warmup_steps=4, max_train_steps=14, learning_rate=1.0)
+@pytest.mark.parametrize(
+    ("schedule", "after_warmup"),
+    [("linear", [1 - i / 10 for i in range(1, 11)]), ("wsd", [1.0] * 8 + [0.5, 0.0])],
+)
+def test_learning_rate_warms_up_and_decays(latents, tmp_path, schedule, after_warmup):
+    cfg = config(latents, tmp_path, lr_schedule=schedule, lr_warmup_steps=4, max_train_steps=14, learning_rate=1.0)
     rates = [learning_rate(cfg, step) for step in range(1, 15)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4:] == pytest.approx([1 - i / 10 for i in range(1, 11)])
+    assert rates[4:] == pytest.approx(after_warmup)
 
 
 def test_clips_draw_from_generators_of_their_own():
