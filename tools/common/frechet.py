@@ -1,0 +1,23 @@
+"""The Fréchet distance of two sets of features, each taken for a Gaussian (Heusel et al. 2017, eq. 6)."""
+
+import torch
+from torch import Tensor
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features a (N, D), b (M, D) with covariances A, B; float64.
+
+    With centred features a = Q_a R_a, so that A = R_a' R_a / (N - 1), the square roots of the eigenvalues of A B are
+    the singular values of R_a R_b' over sqrt((N - 1) (M - 1)): exact where a covariance is singular, too.
+    """
+    a, b = a.double(), b.double()
+    (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
+    shift = (mean_a - mean_b).square().sum()
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    return (shift + root_a.square().sum() + root_b.square().sum() - 2 * cross).item()
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of x (N, D), and a root of its covariance: R (min(N, D), D) with R' R = cov(x)."""
+    mean = x.mean(0)
+    return mean, torch.linalg.qr(x - mean, mode="r").R / (len(x) - 1) ** 0.5
