@@ -6,8 +6,9 @@
     python train.py --config ... --dry-run                                 # the resolved options and the model's size
 
 The same command continues where it was interrupted. All that is random (timesteps, noise, label drop, crops) comes from
-generators named by the seed and the number of the clip, so a run depends neither on how many processes share it nor on
-how often it was interrupted. Weights appear as `{run}/checkpoints/{step:07d}.pt` = {ema, model}.
+generators named by the seed and the number of the clip: a run depends neither on how many processes share it nor on how
+often it was interrupted, and has no generator's state to save. Weights appear as `{run}/checkpoints/{step:07d}.pt` =
+{ema, model}.
 Letters: B clips of a process, F frames, K stills, C channels of the latents.
 """
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -43,6 +45,11 @@ from sample.pipeline import Pipeline, generate, make_diffusion, resolve
 from tools.common import cli, runs
 from tools.common.media import save_grid
 
+COUNTS = (  # options that are at least 1
+    "local_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_bad_steps",
+    "log_every", "ckpt_every", "keep_resume_states",
+)  # fmt: skip
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter moves
     "all": lambda name: True,
@@ -60,10 +67,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps afte
 def main() -> None:
     args = cli.Parser(__doc__, TrainConfig).parse_args()
     cfg = load_config(TrainConfig, args.config, args.overrides)
-    choice("mixed_precision", cfg.mixed_precision, list(DTYPES))
-    choice("train_only", cfg.train_only, list(TRAINABLE))
-    choice("lr_schedule", cfg.lr_schedule, list(LR_SCHEDULES))
-    choice("skip_init", cfg.skip_init, ["identity", "xavier"])
+    check_options(cfg)
     if args.dry_run:
         with torch.device("meta"):
             model = get_models(cfg)
@@ -72,9 +76,25 @@ def main() -> None:
         train(cfg)
 
 
+def check_options(cfg: TrainConfig) -> None:
+    """Raise UserError for a value that no training can have."""
+    choice("mixed_precision", cfg.mixed_precision, list(DTYPES))
+    choice("attention_mode", cfg.attention_mode, ["auto", "sdpa", "math"])
+    choice("train_only", cfg.train_only, list(TRAINABLE))
+    choice("lr_schedule", cfg.lr_schedule, list(LR_SCHEDULES))
+    choice("skip_init", cfg.skip_init, ["identity", "xavier"])
+    for key in COUNTS:
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}: {getattr(cfg, key)} is less than 1")
+
+
 def train(cfg: TrainConfig) -> None:
     """One run, from its first or its last saved step to `max_train_steps`."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=cfg.mixed_precision)
+    on_gpu = torch.cuda.is_available()
+    if cfg.mixed_precision == "fp16" and not on_gpu:
+        raise UserError("mixed_precision: fp16 runs in software on a CPU, slower than fp32 by far; use bf16 or no")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the ranks wait while rank 0 saves and previews
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=cfg.mixed_precision, kwargs_handlers=[patience])
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     assert world == runs.world_size(), "accelerate found fewer processes than torchrun started"
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -86,25 +106,22 @@ def train(cfg: TrainConfig) -> None:
         vae = require_path(cfg, "pretrained_model_path") / cfg.vae
         codec = LatentCodec.from_pretrained(vae, device, chunk_frames=cfg.vae_chunk_frames)
     diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
-    latte = get_models(cfg).to(device)
-    automatic = fastest_attention(device, DTYPES[cfg.mixed_precision])
-    latte.set_attention(automatic if cfg.attention_mode == "auto" else cfg.attention_mode)
-    latte.gradient_checkpointing = cfg.gradient_checkpointing
-    for name, parameter in latte.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and TRAINABLE[cfg.train_only](name))
+    latte = create_model(cfg, device)
     trained = [p for p in latte.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     ema = AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
 
     run = shared_run(cfg, rank)
     log = runs.RunLog(run, rank)
-    state = runs.newest_state(run, log)
-    if state:
+    state = runs.newest_state(run, log) or {"step": 0, "consumed": 0}
+    if broadcast_object_list([state["step"]])[0] != state["step"]:
+        raise UserError(f"results_dir: process {rank} does not see the resume states in {run} that process 0 sees")
+    log.rewind(state["step"])
+    if state["step"]:
         latte.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        state = {"step": 0, "consumed": 0, "scaler": None}
         if cfg.pretrained:
             start_from_pretrained(latte, cfg, diffusion, None if cfg.latents_path else codec, dataset, log)
         ema.update_parameters(latte)  # the first update copies
@@ -112,8 +129,9 @@ def train(cfg: TrainConfig) -> None:
         for block in latte.blocks:  # one by one: all spatial blocks share a graph, and so do all temporal ones
             block.compile(fullgraph=True)  # in place: the names of the weights stay
     model, optimizer = accelerator.prepare(latte, optimizer)
-    if state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    scaler = accelerator.scaler  # with fp16, else None
+    if scaler and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
 
     encoder = None if cfg.latents_path else codec  # None: the batches hold moments
     fixed = validation_batch(cfg, codec, diffusion, device) if cfg.validation_every and rank == 0 else None
@@ -121,14 +139,16 @@ def train(cfg: TrainConfig) -> None:
     first_step, consumed = state["step"] + 1, state["consumed"]  # clips of all processes so far
     micro_batch = cfg.local_batch_size * world  # clips of all processes in one forward
     sampler = ClipSampler(len(dataset), micro_batch, rank, world, cfg.global_seed, start=consumed)
-    batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction)
+    loading = dict(pin_memory=on_gpu, worker_init_fn=ignore_signals)
+    batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction, **loading)
     log.say(
         f"{run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
         f"{micro_batch * cfg.gradient_accumulation_steps} a step, steps {first_step} to {cfg.max_train_steps}"
     )
     if first_step > cfg.max_train_steps:
         log.say("this run is finished: raise max_train_steps to go on, or start another with resume_from_checkpoint=no")
-    stop, meter, bad_steps = StopSignal(accelerator), Meter(), 0
+    stop, meter, bad_steps = StopSignal(), Meter(state.get("losses", [])), 0
+    del state  # four times the size of the model
     for step in range(first_step, cfg.max_train_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
@@ -144,17 +164,20 @@ def train(cfg: TrainConfig) -> None:
             loss += share.detach()
             consumed += micro_batch
         norm = accelerator.clip_grad_norm_(trained, cfg.clip_max_norm if step >= cfg.start_clip_iter else math.inf)
-        loss, norm = accelerator.reduce(loss, "mean").item(), float(norm)
+        figures = torch.stack([loss, norm, torch.tensor(float(stop.noted), device=device)])
+        loss, norm, stops = accelerator.reduce(figures, "mean").tolist()  # alike on all ranks; waits for the device
 
-        finite = math.isfinite(loss) and math.isfinite(norm)  # alike on all ranks: both come from all of them
-        if finite or accelerator.scaler:  # a gradient scaler skips the step itself, and lowers its scale
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
+            optimizer.step()
             ema.update_parameters(latte)
-        bad_steps = 0 if finite else bad_steps + 1
-        if not finite:
+        else:
             log.say(f"step {step}: skipped, loss {loss}, gradient norm {norm}")
+            if scaler:
+                scaler.update()  # halves its scale: overflows are how it finds the largest that fits
+        optimizer.zero_grad(set_to_none=True)
+        bad = not finite and not (scaler and math.isfinite(loss) and scaler.get_scale() > 1)
+        bad_steps = bad_steps + 1 if bad else 0
         if bad_steps == cfg.max_bad_steps:
             raise UserError(
                 f"{bad_steps} steps in a row had no finite loss and gradient (max_bad_steps): lower learning_rate or "
@@ -162,7 +185,7 @@ def train(cfg: TrainConfig) -> None:
             )
 
         meter.add(loss if finite else None)
-        finished, interrupted = step == cfg.max_train_steps, stop.requested()
+        finished, interrupted = step == cfg.max_train_steps, stops > 0
         if step % cfg.log_every == 0 or finished:
             epoch, remaining = consumed / len(dataset), cfg.max_train_steps - step
             figures = meter.read(micro_batch * cfg.gradient_accumulation_steps, remaining)
@@ -174,20 +197,31 @@ def train(cfg: TrainConfig) -> None:
         if rank == 0 and cfg.preview_every and step % cfg.preview_every == 0:
             with accelerator.autocast():
                 preview(run / "previews", step, ema.module, cfg, codec, device)
-        save_weights = step % cfg.ckpt_every == 0 or finished
-        if rank == 0 and finite and (save_weights or interrupted):  # never over a good state with a bad one
+        save_weights = finished or (step % cfg.ckpt_every == 0 and not bad)  # a diverged run keeps its last good ones
+        if rank == 0 and (save_weights or interrupted):
             weights = latte.state_dict()
             if save_weights:
                 path = run / "checkpoints" / f"{step:07d}.pt"
                 save_checkpoint(path, ema=ema.module.state_dict(), model=weights)
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            progress = dict(consumed=consumed, optimizer=optimizer.state_dict(), scaler=scaler)
-            runs.save_state(run, step, cfg.keep_resume_states, model=weights, ema=ema.state_dict(), **progress)
+            progress = dict(consumed=consumed, losses=meter.losses, scaler=scaler.state_dict() if scaler else None)
+            weights = dict(model=weights, ema=ema.state_dict(), optimizer=optimizer.state_dict())
+            runs.save_state(run, step, cfg.keep_resume_states, **weights, **progress)
             log.say(f"step {step}: saved")
         if interrupted:
             log.say("stopped by a signal; the same command continues")
             break
     accelerator.end_training()
+
+
+def create_model(cfg: TrainConfig, device: torch.device) -> Latte:
+    """The model with its first weights; what `train_only` does not name is frozen."""
+    latte = get_models(cfg).to(device)
+    automatic = fastest_attention(device, DTYPES[cfg.mixed_precision])
+    latte.set_attention(automatic if cfg.attention_mode == "auto" else cfg.attention_mode)
+    latte.gradient_checkpointing = cfg.gradient_checkpointing
+    for name, parameter in latte.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and TRAINABLE[cfg.train_only](name))
+    return latte
 
 
 def clip_losses(
@@ -203,7 +237,7 @@ def clip_losses(
 
     Clip number `first` + i of the run draws from a generator of its own: posterior noise, t, noise, two label coins.
     """
-    mean, std = latent_moments(batch["video"].to(device), codec)  # (B, F+K, C, h, w)
+    mean, std = latent_moments(batch["video"].to(device, non_blocking=True), codec)  # (B, F+K, C, h, w)
     B = len(mean)
     t = torch.empty(B, dtype=torch.int64, device=device)
     # Contiguous, whatever the latents' strides: what a generator draws depends on the layout it fills.
@@ -219,9 +253,10 @@ def clip_losses(
     labels = {}
     if cfg.num_classes is not None:
         drop = coins < cfg.class_dropout_prob  # (B, 2): the clip's label, and those of its stills together
-        labels["y"] = torch.where(drop[:, 0], cfg.num_classes, batch["label"].to(device))
+        labels["y"] = torch.where(drop[:, 0], cfg.num_classes, batch["label"].to(device, non_blocking=True))
         if cfg.use_image_num:
-            labels["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, batch["image_labels"].to(device))  # (B, K)
+            image_labels = batch["image_labels"].to(device, non_blocking=True)  # (B, K)
+            labels["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, image_labels)
     return diffusion.training_losses(model, x, t, labels, noise)["loss"]
 
 
@@ -299,46 +334,46 @@ def shared_run(cfg: TrainConfig, rank: int) -> Path:
 
 
 class Meter:
-    """What a report line says of the steps since the last one."""
+    """What a report line says of the steps since the last one, those before an interruption (`losses`) included."""
 
-    def __init__(self) -> None:
-        self.losses: list[float | None] = []
-        self.since = time.monotonic()
+    def __init__(self, losses: list[float]) -> None:
+        self.losses, self.steps, self.since = losses, 0, time.monotonic()
 
     def add(self, loss: float | None) -> None:
         """A step, and its loss if it was finite."""
-        self.losses.append(loss)
+        self.losses += [] if loss is None else [loss]
+        self.steps += 1
 
     def read(self, clips: int, remaining: int) -> dict[str, float]:
         """Mean loss, steps/s, clips/s (`clips` a step), GB of memory at the peak, hours for the `remaining` steps."""
         now = time.monotonic()
-        rate = len(self.losses) / (now - self.since)
+        rate = self.steps / (now - self.since)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 1e9
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        finite = [loss for loss in self.losses if loss is not None]
-        mean = sum(finite) / len(finite) if finite else math.nan
+        mean = sum(self.losses) / len(self.losses) if self.losses else math.nan
         figures = dict(loss=mean, steps_per_s=rate, clips_per_s=rate * clips)
-        self.losses, self.since = [], now
+        self.losses, self.steps, self.since = [], 0, now
         return figures | dict(memory_gb=peak, hours_left=remaining / rate / 3600)
 
 
 class StopSignal:
-    """Whether any process of the run was asked to end (SIGTERM, Ctrl-C); the training then saves first."""
+    """Notes that this process was asked to end (SIGTERM, Ctrl-C): the ranks agree on a step, and save first."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.here = accelerator, False
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def __init__(self) -> None:
+        self.noted = False
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.here = True
+        self.noted = True
 
-    def requested(self) -> bool:
-        """Asks all ranks: signals reach them at different steps."""
-        flag = torch.tensor(float(self.here), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+
+def ignore_signals(worker: int) -> None:
+    """What a process that reads data does first: torchrun and terminals signal it, too, but the training must save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

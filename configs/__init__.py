@@ -193,6 +193,8 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         where = f"{path or 'command line'}: " + (f"{error.full_key}: " if error.full_key else "")
         raise UserError(where + str(error).splitlines()[0]) from None
     _anchor_paths(schema, vars(config), ROOT)
+    if getattr(config, "extras", None) == 1:
+        config.num_classes = None  # may be left over in the file; from here on it alone tells
     return config
 
 

@@ -19,7 +19,7 @@ PARTIAL_SKIPS = 2  # of the original's LatteIMG-skip-partial
 
 NAMES = (
     f"Latte-{{{','.join(SIZES)}}}/{{{','.join(map(str, PATCH_SIZES))}}}[-skip[-cache[-N]]], "
-    "Latte-skip[-cache[-N]] (short for XL/2), LatteIMG-..., LatteIMG-skip-partial"
+    "Latte[-skip[-cache[-N]]] (short for XL/2), LatteIMG-..., LatteIMG-skip-partial"
 )
 
 
@@ -36,10 +36,10 @@ class Variant:
 
 
 def parse_name(name: str) -> Variant:
-    """`Latte-XL/2`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ... -> Variant; a cache without a number has N = 2."""
+    """`Latte`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ... -> Variant; a cache without a number has N = 2."""
     pattern = r"Latte(?:IMG)?(?:-(XL|L|B|S)/(2|4|8))?(-skip(-partial)?(-cache(?:-(\d+))?)?)?"
     match = re.fullmatch(pattern, name)
-    if not match or name in ("Latte", "LatteIMG"):
+    if not match:
         raise UserError(f"model: {name!r} is unknown; valid: {NAMES}")
     size, patch, skip, partial, cache, interval = match.groups()
     depth, hidden_size, num_heads = SIZES[size or "XL"]

@@ -58,6 +58,13 @@ def test_relative_paths_start_from_the_root_in_a_yaml_and_from_here_on_the_comma
     assert cfg.pretrained_model_path == str(ROOT / "pretrained" / "Latte"), "a default is the project's"
 
 
+@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig])
+def test_extras_1_clears_a_leftover_num_classes(tmp_path, schema):
+    """Model, data set and labels look at num_classes alone."""
+    assert load_config(schema, write(tmp_path, "extras: 1\nnum_classes: 101")).num_classes is None
+    assert load_config(schema, write(tmp_path, "extras: 2\nnum_classes: 101")).num_classes == 101
+
+
 ORIGINAL_TRAINING = """
 dataset: "ucf101_img"
 data_path: "/path/to/datasets/UCF101/videos/"

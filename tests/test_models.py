@@ -36,6 +36,7 @@ def options(**values) -> SampleConfig:
     ("name", "depth", "hidden_size", "num_heads", "patch_size", "num_skips", "interval"),
     [
         ("Latte-XL/2", 28, 1152, 16, 2, 0, 1),
+        ("Latte", 28, 1152, 16, 2, 0, 1),
         ("Latte-L/4", 24, 1024, 16, 4, 0, 1),
         ("Latte-skip", 28, 1152, 16, 2, 7, 1),
         ("Latte-skip-cache", 28, 1152, 16, 2, 7, 2),
@@ -52,7 +53,7 @@ def test_name_says_the_dimensions(name, depth, hidden_size, num_heads, patch_siz
     assert (variant.patch_size, variant.num_skips, variant.cache_interval) == (patch_size, num_skips, interval)
 
 
-@pytest.mark.parametrize("name", ["Latte", "Latte-XXL/2", "latte-skip", "Latte-XL/3", "Latte-skip-cache-", "DiT-XL/2"])
+@pytest.mark.parametrize("name", ["Latte-", "Latte-XXL/2", "latte-skip", "Latte-XL/3", "Latte-skip-cache-", "DiT-XL/2"])
 def test_unknown_name_lists_the_valid_ones(name):
     with pytest.raises(UserError, match=r"unknown; valid: .*XL.*skip.*LatteIMG"):
         parse_name(name)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
@@ -17,7 +21,7 @@ from configs import ROOT, TrainConfig, UserError, load_config
 from datasets.latents import RECORD
 from models import get_models
 from models.latte import init_skips_as_identity
-from train import clip_seed, learning_rate, train
+from train import check_options, clip_seed, learning_rate, train
 
 TINY = dict(
     dataset="video_folder",
@@ -38,6 +42,17 @@ TINY = dict(
     log_every=1,
     ckpt_every=2,
     ema_decay=0.5,
+)
+
+SHARED = dict(  # on two ranks: with data workers, stills, accumulation and a schedule
+    num_workers=1,
+    use_image_num=2,
+    gradient_accumulation_steps=2,
+    local_batch_size=2,
+    lr_schedule="cosine",
+    lr_warmup_steps=3,
+    max_train_steps=24,
+    ckpt_every=8,
 )
 
 
@@ -82,8 +97,19 @@ def newest(results: Path) -> dict[str, dict[str, torch.Tensor]]:
     return torch.load(sorted(results.glob("*/checkpoints/*.pt"))[-1], weights_only=True)
 
 
+def weights(results: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(next(results.glob(f"*/checkpoints/{step:07d}.pt")), weights_only=True)
+
+
+def log_lines(results: Path) -> list[dict]:
+    """What a run logged, without what the clock says."""
+    lines = [json.loads(line) for line in next(results.glob("*/log.jsonl")).read_text().splitlines()]
+    timed = ("steps_per_s", "clips_per_s", "memory_gb", "hours_left")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
 def losses(results: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in next(results.glob("*/log.jsonl")).read_text().splitlines()]
+    return [line["loss"] for line in log_lines(results)]
 
 
 def assert_equal(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
@@ -96,13 +122,14 @@ def assert_equal(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stills):
     """Weights, EMA, optimizer, schedule, data order, noise, label drop continue; with stills and accumulation."""
     options = dict(use_image_num=stills, gradient_accumulation_steps=2, lr_schedule="cosine", lr_warmup_steps=2)
+    options["log_every"] = 4  # a line's mean spans the interruption
     unbroken = run(latents, tmp_path / "unbroken", **options)
     cut = config(latents, tmp_path / "resumed", **options)
     stop_after(cut, 3)
     assert not list((tmp_path / "resumed").glob("*/checkpoints/0000003.pt")), "a signal saves the resume state only"
     resumed = run(latents, tmp_path / "resumed", **options)
     assert_equal(resumed, unbroken)
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "unbroken")
+    assert log_lines(tmp_path / "resumed") == log_lines(tmp_path / "unbroken")
 
 
 def stop_after(cfg: TrainConfig, step: int) -> None:
@@ -124,6 +151,104 @@ def stop_after(cfg: TrainConfig, step: int) -> None:
     finally:
         program.clip_losses = original
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def torchrun(latents: Path, results: Path) -> subprocess.Popen:
+    """train.py with SHARED on two gloo ranks, Hugging Face's `datasets` installed: accelerate would import ours."""
+    fake = results.parent / "site" / "datasets-4.0.0.dist-info"
+    fake.mkdir(parents=True, exist_ok=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n")
+    options = {**TINY, **SHARED, "latents_path": latents, "results_dir": results}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command += [f"{key}={value}" for key, value in options.items()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(fake.parent)}
+    return subprocess.Popen(command, env=env, cwd=results.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()[-2000:]
+
+
+def wait_for_step(process: subprocess.Popen, results: Path, step: int) -> None:
+    while not any(f'"step": {step},' in log.read_text() for log in results.glob("*/log.jsonl")):
+        assert process.poll() is None, process.stdout.read().decode()[-2000:]
+        time.sleep(0.002)
+
+
+def kill_9(process: subprocess.Popen) -> None:
+    """The whole tree at once: torchrun, ranks, data workers."""
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        member.kill()
+    psutil.wait_procs(tree[1:], timeout=60)
+    process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def unbroken(latents, tmp_path_factory) -> Path:
+    """A run on two ranks from end to end."""
+    results = tmp_path_factory.mktemp("two_ranks") / "unbroken"
+    finish(torchrun(latents, results))
+    return results
+
+
+def test_two_processes_equal_one(latents, unbroken, tmp_path):
+    """Half of the batch on each of two gloo ranks: equal to 1e-5."""
+    run(latents, tmp_path, **{**SHARED, "local_batch_size": 4})
+    assert_equal(weights(unbroken, step=8), weights(tmp_path, step=8), tolerance=1e-5)
+
+
+def test_killed_and_signalled_runs_on_two_ranks_equal_the_unbroken_one_bit_for_bit(latents, unbroken, tmp_path):
+    """kill -9 between two checkpoints, then SIGTERM to torchrun: the same command continues, and logs no step twice."""
+    broken, chosen = tmp_path / "broken", random.Random(0)
+    killed = torchrun(latents, broken)
+    wait_for_step(killed, broken, chosen.randrange(10, 13))
+    kill_9(killed)
+    assert [path.stem for path in broken.glob("*/resume/*")] == ["0000008"], "steps were lost"
+
+    stopped = torchrun(latents, broken)
+    wait_for_step(stopped, broken, chosen.randrange(17, 21))
+    stopped.terminate()  # torchrun's own process, which hands it on
+    stopped.communicate(timeout=60)
+    last = max(int(path.stem) for path in broken.glob("*/resume/*"))
+    assert last % 8 and last == log_lines(broken)[-1]["step"], "nothing was lost"
+
+    finish(torchrun(latents, broken))
+    assert [line["step"] for line in log_lines(broken)] == list(range(1, 25))
+    assert log_lines(broken) == log_lines(unbroken)
+    assert_equal(newest(broken), newest(unbroken))
+
+
+def test_line_cut_short_by_a_crash_goes_with_those_of_lost_steps(latents, tmp_path):
+    run(latents, tmp_path, max_train_steps=4)
+    log = next(tmp_path.glob("*/log.jsonl"))
+    log.write_text(log.read_text() + '{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    run(latents, tmp_path)
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_run_has_one_writer(latents, tmp_path):
+    """The same command beside a living training is an error; beside a killed one it is not."""
+    run(latents, tmp_path, max_train_steps=2)
+    lock = next(tmp_path.iterdir()) / ".lock"
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process trains in"):
+            run(latents, tmp_path)
+        other.kill()
+    run(latents, tmp_path)
+
+
+def test_training_draws_nothing_from_the_global_generator(latents, tmp_path):
+    """So there is no generator's state to resume: each clip has its own."""
+    run(latents, tmp_path / "short", max_train_steps=1)
+    state = torch.get_rng_state()
+    run(latents, tmp_path / "long", max_train_steps=6, use_image_num=2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_damaged_resume_state_is_passed_over_for_the_one_before(latents, tmp_path, capsys):
@@ -148,21 +273,6 @@ def test_accumulation_and_gradient_checkpointing_equal_the_plain_run(latents, tm
     halves = run(latents, tmp_path / "halves", local_batch_size=2, gradient_accumulation_steps=2)
     assert_equal(halves, plain, tolerance=1e-5)
     assert_equal(run(latents, tmp_path / "recomputed", gradient_checkpointing=True), plain, tolerance=1e-5)
-
-
-def test_two_processes_equal_one(latents, tmp_path):
-    """Half of the batch on each of two gloo ranks: equal to 1e-5, also where Hugging Face's `datasets` is installed."""
-    plain = run(latents, tmp_path / "one")
-    fake = tmp_path / "site" / "datasets-4.0.0.dist-info"  # where it is installed, accelerate would import ours
-    fake.mkdir(parents=True)
-    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n")
-    options = {**TINY, "latents_path": latents, "results_dir": tmp_path / "two", "local_batch_size": 2}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    command += [f"{key}={value}" for key, value in options.items()]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert_equal(newest(tmp_path / "two"), plain, tolerance=1e-5)
 
 
 def test_identity_start_of_skips_beats_xavier_on_a_latte_trunk(latents, tmp_path):
@@ -218,6 +328,47 @@ def test_run_without_finite_losses_stops_and_says_so(latents, tmp_path):
     assert [path.stem for path in tmp_path.glob("*/checkpoints/*")] == ["0000001"], "no bad step is saved"
 
 
+class ScaledOnCpu(Accelerator):
+    """fp16's gradient scaler on gradients of fp16's range: fp16 itself a CPU computes in software only."""
+
+    init_scale, round_gradient = 2.0**24, staticmethod(lambda gradient: gradient.half().float())
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scaler = torch.amp.GradScaler("cpu", self.init_scale)
+
+    def prepare(self, model, optimizer):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self.round_gradient)
+        return super().prepare(model, optimizer)
+
+    def unscale_gradients(self):
+        self.scaler.unscale_(self._optimizers[0].optimizer)
+
+
+def test_scaler_that_finds_its_scale_is_no_bad_run_and_resumes(latents, tmp_path, monkeypatch):
+    """More overflows in a row than max_bad_steps; cut in their midst, the run equals the unbroken one bit for bit."""
+    monkeypatch.setattr("train.Accelerator", ScaledOnCpu)
+    options = dict(max_bad_steps=2, max_train_steps=14)
+    unbroken = run(latents, tmp_path / "unbroken", **options)
+    assert next(tmp_path.glob("unbroken/*/log.txt")).read_text().count("skipped, ") > 3
+    stop_after(config(latents, tmp_path / "resumed", **options), 3)
+    assert_equal(run(latents, tmp_path / "resumed", **options), unbroken)
+    ends = [torch.load(next(tmp_path.glob(f"{name}/*/resume/0000014.pt"))) for name in ("unbroken", "resumed")]
+    assert ends[0]["scaler"] == ends[1]["scaler"] and ends[0]["scaler"]["scale"] < 2.0**20
+
+
+def test_scaler_at_the_end_of_its_scale_stops_the_run(latents, tmp_path, monkeypatch):
+    """Gradients that overflow at scale 1 are the run's fault: 8, 4, 2 are tried, then three count."""
+    monkeypatch.setattr("train.Accelerator", ScaledOnCpu)
+    monkeypatch.setattr(ScaledOnCpu, "init_scale", 8.0)
+    monkeypatch.setattr(ScaledOnCpu, "round_gradient", staticmethod(lambda gradient: gradient * torch.inf))
+    with pytest.raises(UserError, match=r"^3 steps in a row"):
+        run(latents, tmp_path, max_bad_steps=3, max_train_steps=50)
+    assert next(tmp_path.glob("*/log.txt")).read_text().count("skipped, ") == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,6 +377,7 @@ def test_run_without_finite_losses_stops_and_says_so(latents, tmp_path):
         (dict(latents_path="/nowhere"), "latents_path: nothing at /nowhere"),
         (dict(resume_from_checkpoint="/nowhere"), "is no run folder"),
         (dict(pretrained="/nowhere.pt"), "no checkpoint /nowhere.pt"),
+        (dict(mixed_precision="fp16"), "fp16 runs in software on a CPU"),
     ],
 )
 def test_errors_are_one_line(latents, tmp_path, options, message):
@@ -235,10 +387,26 @@ def test_errors_are_one_line(latents, tmp_path, options, message):
 
 
 @pytest.mark.parametrize(
-    "override", ["lr_schedule=cosin", "train_only=tempora", "mixed_precision=fp8", "skip_init=zero"]
+    "override",
+    [
+        "lr_schedule=cosin",
+        "train_only=tempora",
+        "mixed_precision=fp8",
+        "skip_init=zero",
+        "attention_mode=flash",
+        "ckpt_every=0",
+    ],
 )
-def test_unknown_choice_is_one_line_and_exit_1(override):
-    done = subprocess.run([sys.executable, ROOT / "train.py", override], capture_output=True, text=True, timeout=120)
+def test_unusable_option_is_one_line_that_names_it(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]) as caught:
+        check_options(load_config(TrainConfig, None, [override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_error_ends_the_program_with_exit_1():
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "ckpt_every=0"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

@@ -1,6 +1,8 @@
 """Run folders of a training, `{results_dir}/{index:03d}-{model}-{dataset}/`: logs, and the state to resume from."""
 
+import fcntl
 import json
+import math
 import os
 import pickle
 import time
@@ -27,11 +29,33 @@ INCIDENTAL = {
 
 
 class RunLog:
-    """Lines to the terminal and to `log.txt`, figures to `log.jsonl` and TensorBoard; silent on every rank but 0."""
+    """Lines to the terminal and to `log.txt`, figures to `log.jsonl` and TensorBoard; silent on every rank but 0.
+
+    Raises:
+        UserError: another process, still alive, writes this run.
+    """
 
     def __init__(self, run: Path, rank: int):
         self.run, self.silent = run, rank != 0
         self.board: SummaryWriter | None = None
+        self.first_step: int | None = None
+        if not self.silent:
+            self.lock = (run / ".lock").open("a")  # held until the process ends, however it ends
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"another process trains in {run}: end it first, or take another results_dir") from None
+            except OSError:  # a file system without locks
+                pass
+
+    def rewind(self, step: int) -> None:
+        """Take back the figures of later steps: the run goes on from `step`."""
+        self.first_step = step + 1
+        path = self.run / "log.jsonl"
+        if not self.silent and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(kept))
 
     def say(self, line: str) -> None:
         if not self.silent:
@@ -50,7 +74,7 @@ class RunLog:
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter  # a second's import, for the rank that writes
 
-            self.board = SummaryWriter(self.run / "tensorboard")
+            self.board = SummaryWriter(self.run / "tensorboard", purge_step=self.first_step)  # hides later steps
         for name, value in figures.items():
             self.board.add_scalar(name, value, step)
 
@@ -103,6 +127,14 @@ def newest_state(run: Path, log: RunLog) -> dict[str, Any] | None:
 def world_size() -> int:
     """Number of processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _step(line: str) -> float:
+    """The step of a line of `log.jsonl`; infinite for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _same_training(saved: Path, cfg: Any) -> bool:
