@@ -99,7 +99,7 @@ def clips(folder: Path, record: dict[str, Any], max_clips: int) -> str:
 
 def figures(record: dict[str, Any]) -> str:
     """The table that sample.py prints."""
-    header = ["plan", "full + cached steps", "GMACs a clip", "sampling", "speed-up", "PSNR", "SSIM", "decoding"]
+    header = ["plan", "full + cached", "GMACs a clip", "sampling", "speed-up", "PSNR", "SSIM", "decoding"]
     rows = []
     for run in record["runs"]:
         plan, seconds = run["plan"], run["seconds"]
