@@ -116,7 +116,7 @@ def with_attention(mode: str, step: Callable, model: Latte, *args: object) -> ob
     return step(model, *args)
 
 
-def as_original(latte: Latte, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+def as_original(latte: Latte, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
     """The same function of the same weights, computed as the original does."""
     latte.set_attention("math")
     for block in latte.blocks:
