@@ -49,7 +49,7 @@ def get_dataset(args: Any) -> Dataset:
         UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.
     """
     source = SOURCES[choice("dataset", args.dataset, sorted(SOURCES))]
-    choice("video_reader", args.video_reader, ["decord", "pyav"])
+    choice("video_reader", args.video_reader, ["pyav", "decord"])
     if args.dataset.endswith("_img") and not args.use_image_num:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
     if args.latents_path:

@@ -7,6 +7,7 @@ A source of clips is a list of paths and a reader. A reader is `read(path, choos
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,10 +106,10 @@ class Packet(NamedTuple):
     is_discard: bool  # decoded but not shown: cut off by an edit list
 
 
-def read_video(path: Path, choose: Choose, reader: str = "decord") -> torch.Tensor:
+def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor:
     """The chosen frames of a video file, (F, 3, H, W) uint8; the packets' times, read without decoding, find them.
 
-    `reader` decord: decord where its seeking is exact, PyAV elsewhere; pyav: PyAV always.
+    `reader` pyav: PyAV; decord: decord where its seeking is exact, PyAV elsewhere.
 
     Raises:
         BadClip: the file does not decode, or `choose` refuses it.
@@ -119,32 +120,27 @@ def read_video(path: Path, choose: Choose, reader: str = "decord") -> torch.Tens
             packets = [
                 Packet(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.pts is not None
             ]
-            times = sorted(p.pts for p in packets if not p.is_discard)  # by index of the frame
-            indices = choose(len(times))
+            indices = choose(sum(not packet.is_discard for packet in packets))
             frames = None
-            if reader == "decord" and _decord_is_exact(path.suffix.lower(), packets, stream.codec_context.has_b_frames):
+            if reader == "decord" and _decord_is_exact(container, packets):
                 frames = _read_decord(path, indices)
             if frames is None:
-                frames = _read_pyav(container, packets, [times[i] for i in indices])
+                frames = _read_pyav(container, packets, indices)
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:  # no video stream; frames that differ in size
         raise BadClip(f"does not decode ({type(error).__name__})") from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
 
 
-def _decord_is_exact(suffix: str, packets: list[Packet], reorders: bool) -> bool:
+def _decord_is_exact(container: av.container.InputContainer, packets: list[Packet]) -> bool:
     """Whether decord's seek finds the right frames.
 
-    It returns wrong ones, silently, in .avi with B-frames, in MPEG-PS and MPEG-TS, after an edit list, and where frames
-    that are shown before a keyframe follow it in the file (an open group of pictures).
+    It returns wrong ones, silently, after an edit list, in MPEG-PS and MPEG-TS, in .avi with H.264 or B-frames, and
+    with B-frames around a keyframe that is no clean cut (an open group of pictures), which packets do not always tell.
     """
-    if suffix == ".avi":
-        return not reorders
-    earliest = float("inf")  # of the packets that follow
-    for packet in reversed(packets):
-        if packet.is_discard or (packet.is_keyframe and earliest < packet.pts):
-            return False
-        earliest = min(earliest, packet.pts)
-    return suffix in {".mp4", ".mkv", ".mov"}
+    codec, file_format = container.streams.video[0].codec_context, container.format.name
+    if codec.has_b_frames or any(packet.is_discard for packet in packets):
+        return False
+    return codec.name != "h264" if file_format == "avi" else file_format.startswith(("mov", "matroska"))
 
 
 def _read_decord(path: Path, indices: Sequence[int]) -> np.ndarray | None:
@@ -159,38 +155,89 @@ def _read_decord(path: Path, indices: Sequence[int]) -> np.ndarray | None:
     return frames if frames.shape[-1] == 3 else None  # a rotated video comes out with four channels
 
 
-def _read_pyav(container: av.container.InputContainer, packets: list[Packet], wanted: list[int]) -> np.ndarray:
-    """The frames shown at the times `wanted`, (F, H, W, 3) uint8."""
-    keyframe = max((p for p in packets if p.is_keyframe and p.pts <= wanted[0]), default=packets[0])
-    container.seek(keyframe.pts if keyframe.dts is None else keyframe.dts, stream=container.streams.video[0])
-    frames = _decode(container, wanted)
-    if len(frames) < len(wanted):  # in MPEG-PS a seek can miss its keyframe: from the start of the file
-        with av.open(container.name) as unread:
-            frames = _decode(unread, wanted)
-    if len(frames) < len(wanted):
+def _read_pyav(container: av.container.InputContainer, packets: list[Packet], indices: Sequence[int]) -> np.ndarray:
+    """The frames `indices`, (F, H, W, 3) uint8.
+
+    A packet's pts tells its frame, but .avi stores none. FFmpeg's guess is wrong for MPEG-4 with two frames packed into
+    one (part of UCF101); its decoder gives a frame for each packet but the first, so that the next one's dts tells the
+    frame. H.264's decoder does not: with B-frames its frames are counted from the start. So are those of MPEG-PS, where
+    times after a seek can differ from those before.
+    """
+    codec, file_format = container.streams.video[0].codec_context, container.format.name
+    reordered_avi = file_format == "avi" and codec.has_b_frames
+    if file_format == "mpeg" or (reordered_avi and codec.name == "h264"):
+        frames = _count(container.name, indices)
+    else:
+        keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+        if reordered_avi:
+            clock = "dts"
+            last = [i + 1 for i in indices]  # the packet that brings out the frame
+            first = [max((k for k in keyframes if k <= i - 2), default=0) for i in indices]  # 2 B-frames may precede it
+            start = 0  # whose header says that frames are packed
+        else:
+            clock = "pts"
+            shown = [i for i, packet in enumerate(packets) if not packet.is_discard]
+            shown.sort(key=lambda i: packets[i].pts)
+            last = [shown[i] for i in indices]
+            first = [max((k for k in keyframes if packets[k].pts <= packets[i].pts), default=0) for i in last]
+            start = first[0]
+        times = [getattr(packet, clock) for packet in packets] + [None]  # None: of the empty packet that ends the file
+        wanted = [times[i] for i in last]
+        needed = {times[i] for begin, end in zip(first, last, strict=True) for i in (start, *range(begin, end + 1))}
+        at = packets[start].pts if packets[start].dts is None else packets[start].dts
+        container.seek(at, stream=container.streams.video[0])
+        frames = _decode(container, clock, wanted, needed)
+        if len(frames) < len(wanted):  # the keyframe was no clean cut: from the start of the file
+            with av.open(container.name) as unread:
+                frames = _decode(unread, clock, wanted, set(times))
+    if len(frames) < len(indices):
         raise BadClip("does not decode (frames are missing)")
     return np.stack(frames)
 
 
-def _decode(container: av.container.InputContainer, wanted: list[int]) -> list[np.ndarray]:
-    """Those of the frames shown at the times `wanted` that decode from where `container` stands, in order."""
+def _decode(
+    container: av.container.InputContainer, clock: str, wanted: list[int | None], needed: set[int | None]
+) -> list[np.ndarray]:
+    """Those of the frames `wanted` that decode from the packets `needed`, from where `container` stands, in order.
+
+    Both are told by their `clock`: pts | dts.
+    """
     images, waiting = {}, set(wanted)
     stream = container.streams.video[0]
     codec = stream.codec_context
     codec.thread_count = 1  # the loader's workers are the parallelism
     for packet in container.demux(stream):
-        if codec.name == "h264":  # its packets say whether other frames build on them; the rest is skipped
-            codec.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
-        frames = packet.decode()
-        waiting.discard(packet.pts)
-        if not waiting:  # nothing needs a later packet: have the frames out that the decoder still holds
-            frames += codec.decode(None)
+        time, frames = getattr(packet, clock), []
+        if packet.size and time in needed:
+            if codec.name == "h264":  # its packets say whether other frames build on them; the rest is skipped
+                codec.skip_frame = "DEFAULT" if time in waiting else "NONREF"
+            frames = codec.decode(packet)
+        waiting.discard(time)
+        if not waiting or time not in needed:  # what the decoder still holds needs no later packet
+            held = codec.decode(None)
+            codec.flush_buffers()
+            if clock == "pts" or time is None:
+                frames += held
         for frame in frames:
-            if frame.pts in wanted:
-                images[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            time = getattr(frame, clock)
+            if time in wanted:
+                images[time] = _pixels(frame)
         if not waiting:
             break
-    return [images[pts] for pts in sorted(images)]
+    return [images[time] for time in wanted if time in images]
+
+
+def _count(path: str, wanted: Sequence[int]) -> list[np.ndarray]:
+    """Those of the frames `wanted` that decode, by their number from the start of the file."""
+    with av.open(path) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = islice(container.decode(video=0), wanted[-1] + 1)
+        return [_pixels(frame) for i, frame in enumerate(frames) if i in wanted]
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) uint8, upright."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:

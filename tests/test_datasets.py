@@ -109,7 +109,7 @@ def frame_list(tmp_path_factory, clips) -> Path:
 def options(dataset: str, root: Path, **changes) -> SimpleNamespace:
     values = dict(dataset=dataset, data_path=str(root), frame_data_path=None, frame_data_txt=None)
     values |= dict(num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE, use_image_num=0, num_classes=None)
-    values |= dict(global_seed=7, video_reader="decord", max_bad_fraction=0.9, latents_path=None, horizontal_flip=None)
+    values |= dict(global_seed=7, video_reader="pyav", max_bad_fraction=0.9, latents_path=None, horizontal_flip=None)
     return SimpleNamespace(**(values | changes))
 
 
@@ -135,30 +135,93 @@ def test_short_videos_are_spread_evenly_and_shorter_ones_refused():
         temporal_crop(7, 8, 2, rng)
 
 
-FILES = {  # name -> codec, options, B-frames
-    "mpeg4.avi": ("mpeg4", {}, 0),
-    "mpeg4_b.avi": ("mpeg4", {}, 2),
-    "mjpeg.avi": ("mjpeg", {}, 0),
-    "h264.avi": ("libx264", {}, 2),
-    "h264.mp4": ("libx264", {"bf": "2"}, 2),
-    "open_gop.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=2:b-adapt=0"}, 2),
-    "h264.mkv": ("libx264", {}, 2),
-    "mpeg2.mpg": ("mpeg2video", {}, 2),
+NUM_NUMBERED = 50
+OPEN_GOP = "libx264 -bf 2 -b_strategy 0 -sc_threshold 0 -x264-params open-gop=1"
+FILES = {  # name -> its encoder
+    "xvid.avi": "mpeg4 -vtag xvid",
+    "xvid_b.avi": "mpeg4 -vtag xvid -bf 2",
+    "xvid_packed.avi": "mpeg4 -vtag xvid -bf 2",
+    "mpeg2_b.avi": "mpeg2video -bf 2",
+    "mjpeg.avi": "mjpeg",
+    "h264.avi": "libx264 -bf 0",
+    "h264_b.avi": "libx264 -bf 3",
+    "h264.mp4": "libx264 -bf 0",
+    "h264_b.mp4": "libx264 -bf 3",
+    "h264_b.mkv": "libx264 -bf 3",
+    "open_gop.mp4": OPEN_GOP,
+    "open_gop.mkv": OPEN_GOP,
+    "open_gop.avi": OPEN_GOP,
+    "mpeg1.mpg": "mpeg1video -bf 2",
+    "h264.ts": "libx264 -bf 3",
 }
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> Path:
+    """`FILES` of frames that show their own numbers as six bars, a bit each; keyframes are 12 frames apart."""
+    root = tmp_path_factory.mktemp("numbered")
+    bits = (np.arange(NUM_NUMBERED)[:, None] >> np.arange(6)) & 1  # (T, 6)
+    frames = np.kron(bits[:, None, :, None], np.full((1, 48, 16, 3), 200, np.uint8)).astype(np.uint8) + 25
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x48", "-r", "25", "-i", "-"]
+    for name, encoder in FILES.items():
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *raw, "-c:v", *encoder.split(), "-g", "12"]
+        command += ["-pix_fmt", "yuvj420p" if encoder == "mjpeg" else "yuv420p", str(root / name)]
+        subprocess.run(command, input=frames.tobytes(), check=True, stderr=subprocess.DEVNULL)
+    pack_b_frames(root / "xvid_packed.avi")
+    return root
+
+
+def pack_b_frames(path: Path):
+    """Rewrite an MPEG-4 .avi as DivX and Xvid do: the first B-frame lies in the packet of the frame before it."""
+    with av.open(str(path)) as source:
+        video = source.streams.video[0]
+        packets = [(bytes(packet), packet.is_keyframe) for packet in source.demux(video) if packet.size]
+        packed = []
+        for data, is_keyframe in packets:
+            is_b = data[data.index(VOP) + 4] >> 6 == 2
+            if is_b and packed and packed[-1][2] == "anchor":
+                packed[-1] = (packed[-1][0] + data, packed[-1][1], "packed")
+                packed.append((NOT_CODED, False, "filler"))
+            elif is_b:
+                packed.insert(-1, (data, False, "b"))
+            else:
+                packed.append((data, is_keyframe, "anchor"))
+        with av.open(str(path.with_suffix(".new.avi")), "w") as target:
+            stream = target.add_stream_from_template(video)
+            for i, (data, is_keyframe, _) in enumerate(packed):
+                if i == 0:
+                    data = data.replace(VOP, USER_DATA + b"DivX503b1393p" + VOP, 1)
+                packet = av.Packet(data)
+                packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, i, i, is_keyframe
+                target.mux(packet)
+    path.with_suffix(".new.avi").rename(path)
+
+
+VOP, USER_DATA = b"\0\0\1\xb6", b"\0\0\1\xb2"  # start codes of MPEG-4
+NOT_CODED = VOP + bytes([0b01010000, 0b01011111])  # a frame that repeats the one before it
+
+
+def shown_numbers(frames: torch.Tensor) -> list[int]:
+    """The numbers that frames (F, 3, 48, 96) of `numbered` show."""
+    bars = frames.float().mean(dim=(1, 2)).unflatten(1, (6, 16))[:, :, 4:12].mean(dim=2) > 125  # (F, 6)
+    return (bars * 2 ** torch.arange(6)).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
 @pytest.mark.parametrize("name", FILES)
-def test_the_frames_read_by_seeking_are_those_of_a_full_decode(tmp_path, clips, name, reader):
-    write_video(tmp_path / name, np.concatenate([clips[1], clips[1][::-1]]), *FILES[name])
-    every = decode(tmp_path / name)
-    for begin in (0, 5, 13, 26):
-        indices = list(range(begin, begin + 22, 3))
-        frames = read_video(tmp_path / name, lambda total, indices=indices: indices, reader)
-        assert torch.equal(frames, torch.from_numpy(every[indices]).permute(0, 3, 1, 2))
-    totals = []
-    read_video(tmp_path / name, lambda total: totals.append(total) or [total - 1], reader)
-    assert totals == [48] == [len(every)]
+def test_the_frames_read_are_those_of_the_source_bit_for_bit_as_fully_decoded(numbered, name, reader):
+    """Every frame alone, strided windows, strides beyond a group of pictures, the whole: of every kind of file."""
+    alone = range(NUM_NUMBERED) if reader == "pyav" else [0, 11, 12, 13, 47, 48, 49]
+    every = torch.from_numpy(decode(numbered / name)).permute(0, 3, 1, 2)
+    assert shown_numbers(every) == list(range(NUM_NUMBERED))
+    windows = [[i] for i in alone] + [list(range(i, i + 22, 3)) for i in range(0, 28, 5)]
+    for indices in [*windows, [3, 20, 49], [0, 1, 25], list(range(NUM_NUMBERED))]:
+        totals = []
+        frames = read_video(
+            numbered / name, lambda n, indices=indices, totals=totals: totals.append(n) or indices, reader
+        )
+        assert torch.equal(frames, every[indices]), indices
+        assert totals == [NUM_NUMBERED]
 
 
 def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path, clips):
@@ -172,7 +235,7 @@ def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path, clips):
     assert torch.equal(frames, torch.from_numpy(every[[0, 7, len(every) - 1]]).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_a_video_filmed_with_the_camera_turned_stands_upright(tmp_path, clips, reader):
     write_video(tmp_path / "lying.mp4", clips[1], "libx264")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", "lying.mp4"]
@@ -182,7 +245,7 @@ def test_a_video_filmed_with_the_camera_turned_stands_upright(tmp_path, clips, r
     assert torch.equal(frames, torch.from_numpy(upright.copy()).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_only_the_neighbourhood_of_the_frames_is_decoded(tmp_path, clips, reader):
     """With everything but the middle group of pictures overwritten, the middle still reads and the rest does not."""
     path = tmp_path / "clip.mp4"
@@ -396,7 +459,7 @@ def test_each_skipped_file_is_logged_once(video_tree, caplog):
     "changes, message",
     [
         (dict(dataset="ucf11"), "dataset: 'ucf11' is unknown; valid: .*ucf101.*video_folder"),
-        (dict(video_reader="opencv"), "video_reader: 'opencv' is unknown; valid: decord, pyav"),
+        (dict(video_reader="opencv"), "video_reader: 'opencv' is unknown; valid: pyav, decord"),
         (dict(num_classes=101), "has 2 class folders, but num_classes is 101"),
         (dict(dataset="ffs", num_classes=2), "ffs has no classes; leave num_classes empty"),
         (dict(dataset="ucf101_img"), "ucf101_img needs use_image_num > 0; for clips alone use ucf101"),
