@@ -61,6 +61,7 @@ class Plan:
 
     name: str  # uncached, or what --cache takes
     cache: CacheOptions
+    steps: str  # a letter a step, from noise to clean: F in full, c from the cache
     full_steps: int
     cached_steps: int
     macs: int
@@ -81,6 +82,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions) -> Plan:
     return Plan(
         name=plan_name(cache),
         cache=cache,
+        steps="".join("F" if full else "c" for full in steps),
         full_steps=full,
         cached_steps=cached,
         macs=rows * (full * macs.full + cached * macs.cached),

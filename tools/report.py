@@ -19,13 +19,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 from textwrap import dedent
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import OmegaConf
 
-from configs import ROOT, CacheOptions, UserError, load_config, path_option, to_yaml
+from configs import ROOT, UserError, load_config, path_option, to_yaml
 from tools.common import cli
 
 RECORD = "sample.json"
@@ -115,17 +114,14 @@ def figures(record: dict[str, Any]) -> str:
 
 def plans(record: dict[str, Any]) -> str:
     """Each plan as a strip of its steps."""
-    from sample.pipeline import make_diffusion, plan_steps  # slow
-
-    diffusion = make_diffusion(SimpleNamespace(**record["config"]))
     cells = []
     for run in record["runs"]:
         plan = run["plan"]
-        steps = plan_steps(diffusion, CacheOptions(**plan["cache"]))
+        steps = plan["steps"]
         width = 0.75 if len(steps) <= 100 else 1  # gaps narrower than a pixel would flicker
         bars = {
-            name: "".join(f"M{i} {top}h{width}V10h-{width}z" for i, full in enumerate(steps) if full == wanted)
-            for name, wanted, top in (("full", True, 0), ("cached", False, 6))
+            name: "".join(f"M{i} {top}h{width}V10h-{width}z" for i, kind in enumerate(steps) if kind == wanted)
+            for name, wanted, top in (("full", "F", 0), ("cached", "c", 6))
         }
         paths = "".join(f'<path class="{name}" d="{path}"/>' for name, path in bars.items())
         count = escape(f"{plan['full_steps']} + {plan['cached_steps']}")
