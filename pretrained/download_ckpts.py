@@ -9,19 +9,17 @@ The same command again continues where it stopped and skips what is there and wh
 help: HF_ENDPOINT=https://hf-mirror.com python pretrained/download_ckpts.py
 """
 
-import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from configs import ROOT, UserError
 from tools.common import cli
+from tools.common.download import download
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,7 @@ def main() -> None:
 
 
 def fetch(file: File, target: Path) -> None:
-    """Downloads a file unless it is there with its full size, continuing where an earlier run stopped.
-
-    hf_hub_download drops what it has when it is interrupted, so its own http_get writes to a file that stays: named
-    after the hub's hash, and renamed when whole.
-    """
+    """Downloads a file unless it is there with its full size; what is left of a stopped download has the hub's hash."""
     on_hub = get_hf_file_metadata(file.url)
     size = file.size or on_hub.size
     if on_hub.size != size:
@@ -90,17 +84,8 @@ def fetch(file: File, target: Path) -> None:
         print(f"there: {target}")
         return
     print(f"fetching {file.url} ({size / 1e9:.2f} GB) -> {target}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{on_hub.etag[:8]}.part")
-    with partial.open("a+b") as stream:
-        stream.seek(0, os.SEEK_END)
-        http_get(file.url, stream, resume_size=stream.tell(), headers=build_hf_headers(), expected_size=size)
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if len(on_hub.etag) == 64 and digest != on_hub.etag:  # the hub's etag of a large file is its SHA-256
-        partial.unlink()
-        raise UserError(f"{file.url} arrived damaged: run this again")
-    partial.replace(target)
+    sha256 = on_hub.etag if len(on_hub.etag) == 64 else None  # the hub's etag of a large file
+    download(file.url, target, on_hub.etag[:8], size, sha256, build_hf_headers())
 
 
 if __name__ == "__main__":

