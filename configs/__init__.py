@@ -173,7 +173,10 @@ INERT = {  # the original's keys that do nothing here, and why
     "frame_interval": "clips are sampled at the interval of their training",
 }
 PUBLISHED = ("ckpt", "pretrained_model_path")  # paths that pretrained/download_ckpts.py fills
-MIXED_PRECISION = {False: "no", True: "bf16", None: "no"}  # YAML reads a bare `no` as False; the original had False
+BARE_WORDS = {  # YAML reads a bare `no` as False; the original had False for mixed_precision
+    "mixed_precision": {False: "no", True: "bf16", None: "no"},
+    "resume_from_checkpoint": {False: "no", True: "auto", None: "auto"},
+}
 
 T = TypeVar("T")
 
@@ -261,8 +264,8 @@ def _translate(schema: type, values: dict[str, Any], path: str | Path) -> dict[s
         if key == "fixed_spatial" and "train_only" in known:
             if value:
                 ours["train_only"] = "temporal"
-        elif key == "mixed_precision" and key in known:
-            ours[key] = MIXED_PRECISION.get(value, value)
+        elif key in BARE_WORDS and key in known:
+            ours[key] = BARE_WORDS[key].get(value, value)
         elif key in known:
             if value is None and known[key].default is not None:
                 continue  # an empty line in a YAML file means the default

@@ -65,6 +65,13 @@ def test_extras_1_clears_a_leftover_num_classes(tmp_path, schema):
     assert load_config(schema, write(tmp_path, "extras: 2\nnum_classes: 101")).num_classes == 101
 
 
+@pytest.mark.parametrize(("text", "meant"), [("no", "no"), ("", "auto"), ("auto", "auto"), ("runs/000", "runs/000")])
+def test_bare_no_of_yaml_means_no(tmp_path, text, meant):
+    line = f"resume_from_checkpoint: {text}"
+    assert load_config(TrainConfig, write(tmp_path, line)).resume_from_checkpoint == meant
+    assert load_config(TrainConfig, None, [line.replace(": ", "=")]).resume_from_checkpoint == meant
+
+
 ORIGINAL_TRAINING = """
 dataset: "ucf101_img"
 data_path: "/path/to/datasets/UCF101/videos/"

@@ -82,7 +82,7 @@ class RunLog:
 def find_run(cfg: Any) -> Path | None:
     """The run to continue: for `resume_from_checkpoint: auto` the newest with the same options, or the folder given."""
     wanted = cfg.resume_from_checkpoint
-    if wanted in (None, "no"):
+    if wanted == "no":
         return None
     if wanted != "auto":
         folder = Path(wanted).expanduser()
