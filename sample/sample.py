@@ -27,6 +27,7 @@ from datasets import class_index, class_names
 from sample.options import Plan, describe, dry_run, make_parser, make_plan, make_record, parse, read_options
 from sample.pipeline import Pipeline, load, make_diffusion, sample_latents
 from tools.common import cli
+from tools.common.fidelity import psnr, ssim
 from tools.common.macs import readable
 from tools.common.media import save_contact_sheet, save_grid, save_video
 from tools.common.records import write_json
@@ -149,8 +150,6 @@ def timed(device: torch.device, function: Callable[..., Tensor], *args: Any) -> 
 
 def summarize(run: Run, first: Run) -> dict[str, Any]:
     """The figures of a run; with --compare `first` is the uncached one."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # slow
-
     figures = {
         "plan": asdict(run.plan),
         "seconds": {"sampling": sum(run.sampling), "decoding": sum(run.decoding), "sampling_batches": run.sampling},
@@ -158,16 +157,10 @@ def summarize(run: Run, first: Run) -> dict[str, Any]:
     if run is not first:
         # Each batch with its own twin, next to which it ran; the median leaves out what disturbed one of them.
         figures["speedup"] = statistics.median(a / b for a, b in zip(first.sampling, run.sampling, strict=True))
-        ours, theirs = ((torch.cat(videos) + 1) / 2 for videos in (run.videos, first.videos))  # (B, F, 3, H, W)
-        pairs = list(zip(ours, theirs, strict=True))
-        psnr = [peak_signal_noise_ratio(a, b, data_range=1.0).item() for a, b in pairs]
-        ssim = [structural_similarity_index_measure(a, b, data_range=1.0).item() for a, b in pairs]  # mean over frames
-        figures |= {
-            "psnr": statistics.mean(psnr),
-            "ssim": statistics.mean(ssim),
-            "psnr_clips": psnr,
-            "ssim_clips": ssim,
-        }
+        pairs = list(zip(torch.cat(run.videos), torch.cat(first.videos), strict=True))  # (F, 3, H, W) each
+        clips = {"psnr": [psnr(a, b) for a, b in pairs], "ssim": [ssim(a, b) for a, b in pairs]}
+        figures |= {name: statistics.mean(values) for name, values in clips.items()}
+        figures |= {f"{name}_clips": values for name, values in clips.items()}
     return figures
 
 

@@ -1,0 +1,283 @@
+"""tools/common/fidelity.py on clips whose figures are known, and tools/fidelity.py on a tiny model."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs import UserError
+from sample.pipeline import generate
+from tools import fidelity
+from tools.common.distributed import Environment
+from tools.common.fidelity import aggregate, compare, distance_to_others, load_lpips, lpips_weights, mean_and_margin
+from tools.common.frechet import frechet_distance
+from tools.common.media import save_video
+
+CPU = torch.device("cpu")
+
+
+def clips(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Latents (2, F, C, h, w) and videos (2, F, 3, H, W) in [-0.5, 0.5]."""
+    torch.manual_seed(seed)
+    return torch.randn(2, 4, 4, 4, 4), torch.rand(2, 4, 3, 32, 32) - 0.5
+
+
+def strict_json(path: Path) -> dict:
+    """The file as JSON proper: neither NaN nor Infinity."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def read_markdown(text: str) -> list[dict[str, str]]:
+    """The first table, a dict for each line."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
+    assert all(set(rule) <= set(":-") for rule in lines[1])
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_a_clip_is_its_own_best_twin():
+    latents, videos = clips()
+    figures = compare(latents, videos, latents, videos, lpips=None)
+    assert figures == {"relative_l1": [0, 0], "psnr": [100, 100], "ssim": [1, 1], "flicker": [0, 0]}
+    json.dumps(aggregate(figures["psnr"], ["a", "b"]), allow_nan=False)
+
+
+def test_known_differences_have_known_figures():
+    latents, videos = clips()
+    figures = compare(1.1 * latents, videos + 0.2, latents, videos)
+    assert figures["relative_l1"] == pytest.approx([0.1, 0.1], rel=1e-5)
+    assert figures["psnr"] == pytest.approx([20, 20], rel=1e-4)  # 0.1 of a range of 1
+    assert figures["flicker"] == pytest.approx([0, 0], abs=1e-5)  # the same motion, only brighter
+    assert all(0.5 < value < 1 for value in figures["ssim"])
+
+    still, faster = videos[:, :1].expand_as(videos), videos[:, :1] + 1.5 * (videos - videos[:, :1])
+    assert compare(latents, still, latents, videos)["flicker"] == pytest.approx([1, 1])
+    assert compare(latents, faster, latents, videos)["flicker"] == pytest.approx([0.5, 0.5], rel=1e-5)
+
+
+def test_each_clip_has_its_own_figures():
+    latents, videos = clips()
+    a = latents.clone()
+    a[1] *= 2
+    assert compare(a, videos, latents, videos)["relative_l1"] == pytest.approx([0, 1])
+
+
+def test_intervals_are_students():
+    """Of 1, 2, 3: standard deviation 1, and t = 4.3027 for two degrees of freedom."""
+    assert mean_and_margin([1, 2, 3]) == {"mean": 2, "margin": pytest.approx(4.302653 / 3**0.5), "clips": 3}
+    assert mean_and_margin([5]) == {"mean": 5, "margin": None, "clips": 1}
+    figures = aggregate([1, 2, 3, 8], ["b", "a", "b", "a"])
+    assert {name: own["mean"] for name, own in figures["by_class"].items()} == {"a": 5, "b": 2}
+    assert figures["each"] == [1, 2, 3, 8] and figures["mean"] == 3.5
+
+
+def test_distance_to_others_gives_no_credit_for_shared_noise():
+    """A copy of the twins is as far from the others as a fresh set of the same kind; a shifted set is farther."""
+    torch.manual_seed(0)
+    twins, fresh = torch.randn(400, 4), torch.randn(400, 4)
+    assert frechet_distance(twins, twins) < 1e-6
+    copy, new, shifted = (distance_to_others(x, twins) for x in (twins.clone(), fresh, twins + 1))
+    assert 0.05 < copy < 0.3 and 0.05 < new < 0.3 and 3.5 < shifted < 4.7
+
+
+def test_lpips_is_measured_only_with_weights_on_the_disk(tmp_path, monkeypatch):
+    """Nothing is ever downloaded. The weights here are random: what counts is that they are found and used."""
+    from torchvision.models import alexnet
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert load_lpips(CPU) is None
+    path, url = lpips_weights()
+    assert path.is_relative_to(tmp_path) and url.endswith(path.name)
+
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in alexnet().state_dict().items()}
+    torch.manual_seed(0)
+    weights = {
+        n: torch.randn(s) * 0.05 if n.startswith("features") else torch.zeros(1).expand(s) for n, s in shapes.items()
+    }
+    path.parent.mkdir(parents=True)
+    torch.save(weights, path)
+    latents, videos = clips()
+    other = clips(1)[1]
+    figures = compare(latents, torch.stack([videos[0], other[1]]), latents, videos, load_lpips(CPU))
+    assert figures["lpips"][0] == pytest.approx(0, abs=1e-6) and figures["lpips"][1] > 0.001
+
+
+# ------------------------------------------------------------------------------------------------ program
+
+
+def run(monkeypatch, tiny: Path, output: Path, *argv: str) -> Counter:
+    """The program with this command line; which plans it sampled, in clips (without the runs that warm up)."""
+    sampled = Counter()
+
+    def count(pipe, seeds, labels, cache, on_step=None):
+        if on_step:
+            sampled[f"{pipe.cfg.sample_method}-{pipe.diffusion.num_timesteps}-N{cache.interval}"] += len(seeds)
+        return sample_latents(pipe, seeds, labels, cache, on_step)
+
+    sample_latents = fidelity.sample_latents
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "sample_latents", count)
+        patch.setattr(sys, "argv", ["fidelity.py", "--config", str(tiny), *argv, f"output={output}"])
+        fidelity.main()
+    return sampled
+
+
+PLANS = ["--cache", "N2", "N4-900-50", "num_clips=6", "seed=100"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """Three real clips, of which every second frame is used."""
+    folder = tmp_path_factory.mktemp("real")
+    torch.manual_seed(0)
+    for i in range(3):
+        save_video(folder / f"{i}.mp4", torch.rand(9, 3, 32, 32) * 2 - 1, fps=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, real, tmp_path_factory) -> Path:
+    """A finished run of PLANS with real clips."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sampled = run(monkeypatch, tiny, folder, *PLANS, f"real_path={real}", "frame_interval=2")
+    assert sampled == {"ddim-6-N1": 6, "ddim-6-N2": 6, "ddim-6-N4": 6, "ddim-5-N1": 6, "ddim-4-N1": 6}
+    return folder
+
+
+def test_record_and_table(measured):
+    """A row for uncached, each plan and its control; labels balanced; figures of each clip; the table reads back."""
+    record = strict_json(measured / "fidelity.json")
+    assert record["seeds"] == [*range(100, 106)] and sorted(record["labels"]) == [0, 0, 1, 1, 2, 2]
+    rows = {row["run"]: row for row in record["rows"]}
+    assert list(rows) == ["uncached", "N2", "control of N2", "N4", "control of N4"]
+    uncached, n2, control = (rows[name] for name in ("uncached", "N2", "control of N2"))
+    assert not uncached["twin"] and uncached["speedup"] == 1 and uncached["share"] == 1
+    assert (n2["full_steps"], n2["cached_steps"], control["full_steps"]) == (3, 3, 5)
+    assert control["macs"] == uncached["macs"] * 5 / 6 and abs(control["macs"] - n2["macs"]) <= uncached["macs"] / 12
+    for row in (n2, control):
+        for metric in ("relative_l1", "psnr", "ssim", "flicker"):
+            figures = row["twin"][metric]
+            assert len(figures["each"]) == 6 and figures["mean"] == pytest.approx(sum(figures["each"]) / 6)
+            assert figures["margin"] > 0 and {own["clips"] for own in figures["by_class"].values()} == {2}
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["proxy_real"] > 0 and row["proxy_others"] > 0
+
+    table = read_markdown((measured / "fidelity.md").read_text())
+    assert [line["run"] for line in table] == list(rows)
+    assert table[0]["PSNR, dB"] == "–" and table[1]["full + cached steps"] == "3 + 3"
+    mean, _, margin = table[1]["relative L1"].split()
+    assert float(mean) == pytest.approx(n2["twin"]["relative_l1"]["mean"], abs=1e-4) and float(margin) > 0
+
+
+def test_figures_are_those_of_the_pipeline(tiny, measured):
+    """The figures of one clip, from videos generated here."""
+    cfg = fidelity.resolve(fidelity.load_config(fidelity.FidelityConfig, tiny), CPU)
+    pipe = fidelity.load(cfg, CPU)
+    twin, clip = (generate(pipe, [101], [101 % 3], fidelity.Cell("ddim", 6, 2.0, p).cache) for p in ("uncached", "N2"))
+    figures = strict_json(measured / "fidelity.json")["rows"][1]["twin"]
+    expected = compare(torch.ones(1, 1), clip, torch.ones(1, 1), twin)
+    for metric in ("psnr", "ssim", "flicker"):
+        assert figures[metric]["each"][1] == pytest.approx(expected[metric][0], rel=1e-3)
+
+
+def test_the_same_command_does_only_what_is_missing(tiny, measured, tmp_path, monkeypatch):
+    """Lines of a plan lost, one torn by a kill: just these are sampled again, and all figures are as before."""
+    before = strict_json(measured / "fidelity.json")["rows"]
+    log = measured / "clips/0.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "N4" not in line or json.loads(line)["cell"] != "ddim-6-g2-N4"]
+    lost = next(line for line in lines if '"ddim-6-g2-N4", "seeds"' in line)
+    log.write_text("".join(kept) + lost[: len(lost) // 2])
+    assert run(monkeypatch, tiny, measured, *PLANS, "controls=False") == {"ddim-6-N4": 6}
+    after = strict_json(measured / "fidelity.json")["rows"]
+    assert [row["twin"] for row in after] == [row["twin"] for row in before if "control" not in row["run"]]
+    assert run(monkeypatch, tiny, measured, *PLANS) == {}
+
+
+def test_more_clips_and_plans_add_to_a_folder(tiny, measured, monkeypatch):
+    """The twins' latents are kept: a new plan samples no twin again."""
+    assert run(monkeypatch, tiny, measured, "--cache", "N3", *PLANS[3:], "controls=False") == {"ddim-6-N3": 6}
+    more = run(monkeypatch, tiny, measured, "--cache", "N3", "num_clips=8", "seed=100", "controls=False")
+    assert more == {"ddim-6-N1": 2, "ddim-6-N3": 2}
+
+
+def test_other_settings_need_another_folder(tiny, measured, monkeypatch):
+    with pytest.raises(UserError, match="labels=balanced, not labels=random: choose another output"):
+        run(monkeypatch, tiny, measured, *PLANS, "labels=random")
+
+
+def test_neither_batches_nor_processes_change_figures(tiny, measured, tmp_path):
+    """Batches of 4 shared by two processes, one after the other, against batches of 2 in one."""
+    options = ["num_clips=6", "seed=100", "per_proc_batch_size=4", f"output={tmp_path}"]
+    cfg = fidelity.resolve(fidelity.load_config(fidelity.MeasureConfig, tiny, options), CPU)
+    twin = fidelity.Cell("ddim", 6, 2.0)
+    tasks = [fidelity.Task(fidelity.Cell("ddim", 6, 2.0, plan), twin) for plan in ("uncached", "N2")]
+    work = fidelity.open_folder(cfg, tasks, Environment(0, 1, CPU))
+    assert [seeds for seeds, _ in work] == [[100, 101, 102, 103], [104, 105]]
+    for rank in (1, 0):
+        fidelity.measure(cfg, tasks, work[rank::2], Environment(rank, 2, CPU))
+    assert fidelity.open_folder(cfg, tasks, Environment(0, 1, CPU)) == []
+    ours, theirs = (fidelity.read_lines(folder / "clips")["ddim-6-g2-N2"] for folder in (tmp_path, measured))
+    for seed in range(100, 106):
+        assert ours.pairs[twin.name][seed] == pytest.approx(theirs.pairs[twin.name][seed], rel=1e-3)
+        assert ours.features[seed] == pytest.approx(theirs.features[seed], rel=1e-3, abs=1e-4)
+
+
+def test_controls_of_a_sampler_that_draws_noise_do_not_pair(tiny, tmp_path, monkeypatch, capsys):
+    """DDPM: a plan has figures against its twins, its control proxy distances only; the table says why."""
+    run(monkeypatch, tiny, tmp_path, "--cache", "N2", "sample_method=ddpm", "num_clips=6")
+    uncached, n2, control = strict_json(tmp_path / "fidelity.json")["rows"]
+    assert n2["twin"]["psnr"]["mean"] > 5 and control["twin"] == {}
+    assert uncached["proxy_others"] > 0 and control["proxy_others"] > 0
+    assert read_markdown((tmp_path / "fidelity.md").read_text())[2]["relative L1"] == "–"
+    assert "draws other noise in other steps" in capsys.readouterr().out
+
+
+def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, tiny, tmp_path / "out", *PLANS, "--dry-run") == {}
+    text = capsys.readouterr().out
+    assert "plan: N2, ddim 6 with guidance 2: 3 full and 3 cached" in text
+    assert "plan: uncached, ddim 5 with guidance 2: 5 full and 0 cached" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give plans with cached steps"),
+        (["--cache", "N2", "N1"], "give plans with cached steps"),
+        (["--cache", "N2-0-0"], "plan N2-0-0 runs all 6 steps of ddim in full"),
+        (["--cache", "2"], "expected N<interval>"),
+        (["--cache", "N2", "num_skips=0"], "this model has none"),
+        (["--cache", "N2", "sample_method=plms"], "valid: ddpm, ddim"),
+        (["--cache", "N2", "num_clips=2"], "num_clips: 2 is less than 4"),
+        (["--cache", "N2", "num_clips=4", "num_classes=5"], "num_clips: 4 is less than 5"),
+        (["--cache", "N2", "labels=even"], "valid: balanced, random"),
+        (["--cache", "N2", "num_clip=9"], "did you mean num_clips?"),
+        (["--cache", "N2", "real_path=nowhere"], "real_path: nothing at"),
+        (["--cache", "N2", "real_path=."], "real_path: 0 video files under"),
+    ],
+)
+def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, tiny, tmp_path / "out", *argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_clip_that_is_too_short_is_named(tiny, real, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"0\.mp4: 9 frames, 10 needed"):
+        run(monkeypatch, tiny, tmp_path, *PLANS, f"real_path={real}", "frame_interval=3")

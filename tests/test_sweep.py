@@ -1,0 +1,174 @@
+"""tools/sweep.py: its grid, its front, and what it writes, on a tiny model."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from configs import UserError
+from tools import fidelity, sweep
+from tools.common.media import save_video
+from tools.sweep import Cell, SweepConfig, Task, grid, pareto
+
+
+def run(monkeypatch, tiny: Path, output: Path, *argv: str, stop_after: int | None = None) -> int:
+    """The program with this command line; how many cells and batches it sampled, and Ctrl-C after so many."""
+    sampled = 0
+
+    def count(pipe, seeds, labels, cache, on_step=None):
+        nonlocal sampled
+        if on_step:  # not warming up
+            if sampled == stop_after:
+                raise KeyboardInterrupt
+            sampled += 1
+        return sample_latents(pipe, seeds, labels, cache, on_step)
+
+    sample_latents = fidelity.sample_latents
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "sample_latents", count)
+        patch.setattr(sys, "argv", ["sweep.py", "--config", str(tiny), *argv, f"output={output}"])
+        sweep.main()
+    return sampled
+
+
+GRID = ["plans=[N2]", "methods=[ddim,ddpm]", "steps=[4,6]", "guidance=[2.5]", "reference=unipc-8", "num_clips=4"]
+CELLS = 2 * 2 * 2 + 1  # with the reference
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, tmp_path_factory) -> Path:
+    """A finished run of GRID with real clips, killed once in its middle."""
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "real").mkdir()
+    torch.manual_seed(0)
+    for i in range(2):
+        save_video(folder / f"real/{i}.mp4", torch.rand(4, 3, 32, 32) * 2 - 1, fps=8)
+    command = [*GRID, f"real_path={folder}/real"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, tiny, folder, *command, stop_after=12)
+        assert not (folder / "sweep.json").exists()
+        assert run(monkeypatch, tiny, folder, *command) == CELLS * 2 - 12  # two batches of two clips
+    return folder
+
+
+def figures(folder: Path) -> dict[str, dict]:
+    """By cell, what does not depend on the clock."""
+    rows = json.loads((folder / "sweep.json").read_text())["rows"]
+    keys = ("macs", "twin", "reference", "proxy_others", "proxy_real")
+    return {row["name"]: {key: row[key] for key in keys} for row in rows}
+
+
+def test_grid_has_each_cell_once_and_what_others_need_first():
+    cfg = SweepConfig(
+        plans=["N2", "uncached", "N2-900-50"],
+        methods=["ddim", "ddpm"],
+        steps=[4, 8],
+        guidance=[2.0],
+        reference="ddim-8",
+    )
+    tasks = grid(cfg)
+    cells = [task.cell for task in tasks]
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2
+    assert tasks[0].cell == Cell("ddim", 8, 2.0)
+    for place, (cell, twin, reference) in enumerate(tasks):
+        assert twin == Cell(cell.method, cell.steps, cell.guidance) and reference == Cell("ddim", 8, 2.0)
+        assert {twin, reference} <= set(cells[: place + 1])
+
+
+def test_grid_defaults_to_the_options_of_sampling():
+    cfg = SweepConfig(plans=["N2"], sample_method="unipc", num_sampling_steps=9, cfg_scale=3.0)
+    twin = Cell("unipc", 9, 3.0)
+    assert grid(cfg) == [Task(twin, twin), Task(Cell("unipc", 9, 3.0, "N2"), twin)]
+
+
+def test_which_cells_pair():
+    """The same steps always do; others where no solver draws noise on its way."""
+    ddim, ddpm, unipc = (Cell(method, 8, 1.0) for method in ("ddim", "ddpm", "unipc"))
+    cached = Cell("ddpm", 8, 1.0, "N2")
+    assert Task(cached, ddpm, ddim).pairs(eta=0) == {"twin": ddpm}
+    assert Task(unipc, unipc, ddim).pairs(eta=0) == {"reference": ddim}
+    assert Task(unipc, unipc, ddim).pairs(eta=0.5) == {}
+    assert Task(Cell("ddim", 4, 1.0), ddim, unipc).pairs(eta=0) == {"twin": ddim, "reference": unipc}
+
+
+def test_pareto_front_of_known_points():
+    points = [(4, 1), (1, 5), (2, 3), (3, 3), (2, 4), (5, 1), (4, 2)]
+    assert [points[i] for i in pareto(points)] == [(1, 5), (2, 3), (4, 1)]
+    assert pareto([(1, 1)]) == [0]
+
+
+def test_record_table_and_csv_agree(swept):
+    rows = {row["name"]: row for row in json.loads((swept / "sweep.json").read_text())["rows"]}
+    assert len(rows) == CELLS and next(iter(rows)) == "unipc-8-g2.5-uncached"
+    with (swept / "sweep.csv").open(newline="") as file:
+        lines = {line["name"]: line for line in csv.DictReader(file)}
+    assert list(lines) == list(rows)
+    table = [line.split("|")[1:-1] for line in (swept / "sweep.md").read_text().split("\n\n")[0].splitlines()]
+    assert len(table) == CELLS + 2 and len({len(line) for line in table}) == 1
+    for row, cells in zip(rows.values(), table[2:], strict=True):
+        line = lines[row["name"]]
+        assert "-".join(cell.strip() for cell in cells[:2]) == f"{row['method']}-{row['steps']}"
+        assert int(line["macs"]) == row["macs"] and float(line["proxy_real"]) == row["proxy_real"]
+        for role in ("twin", "reference"):
+            mean = line[f"{role}_psnr"]
+            assert (float(mean) == row[role]["psnr"]["mean"]) if row[role] else mean == ""
+
+
+def test_cells_are_held_against_twin_and_reference(swept):
+    """What is cached has figures against its twin, and DDPM none against unipc-8, to which more steps come nearer."""
+    rows = figures(swept)
+    for name, row in rows.items():
+        assert bool(row["twin"]) == name.endswith("N2")
+        assert bool(row["reference"]) == name.startswith("ddim")
+    error = {n: rows[f"ddim-{n}-g2.5-uncached"]["reference"]["relative_l1"]["mean"] for n in (4, 6)}
+    assert error[6] < error[4]
+
+
+def test_plots_are_drawn(swept):
+    for name in ("pareto_fidelity.png", "pareto_proxy.png"):
+        with Image.open(swept / name) as image:
+            assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_neither_order_nor_size_of_the_grid_changes_figures(tiny, swept, tmp_path, monkeypatch):
+    """Half of the cells in another order; a cell's figures are the same to the bit."""
+    reordered = ["plans=[uncached,N2]", "methods=[ddpm,ddim]", "steps=[6]", *GRID[3:], f"real_path={swept}/real"]
+    run(monkeypatch, tiny, tmp_path, *reordered)
+    before, after = figures(swept), figures(tmp_path)
+    assert len(after) == 2 * 2 + 1 and after == {name: before[name] for name in after}
+
+
+def test_a_larger_grid_does_only_what_it_adds(tiny, swept, monkeypatch):
+    """A plan more, and a guidance more with its own reference; without guidance a clip costs half."""
+    assert run(monkeypatch, tiny, swept, *GRID, "plans=[N2,N3]", "methods=[ddpm]", "steps=[6]") == 2
+    assert run(monkeypatch, tiny, swept, *GRID, "methods=[ddim]", "steps=[4]", "guidance=[2.5,1]") == 3 * 2
+    rows = figures(swept)
+    assert rows["ddim-4-g2.5-N2"]["macs"] == 2 * rows["ddim-4-g1-N2"]["macs"]
+    assert rows["ddim-4-g1-N2"]["reference"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plans=[2]"], "expected N<interval>"),
+        (["plans=[N2-0-0]"], "plan N2-0-0 runs all 6 steps"),
+        (["methods=[ddim,plms]"], "'plms' is unknown; valid: ddpm, ddim"),
+        (["steps=[0]"], "num_sampling_steps: 0 is less than 1"),
+        (["steps=[many]"], "steps"),
+        (["reference=ddim"], "reference: ddim is no METHOD-STEPS, as ddim-250"),
+        (["reference=plms-9"], "'plms' is unknown"),
+        (["plan=[N2]"], "did you mean plans?"),
+        (["num_skips=0"], "this model has none"),
+        (["num_clips=2"], "num_clips: 2 is less than 4"),
+    ],
+)
+def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, tiny, tmp_path / "out", *argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,112 @@
+"""How far clips are from their twins, the same seeds and labels sampled another way: figures, means, intervals.
+
+Letters: B batch, F frames, C channels of the latents, h = H / 8, N clips of a set, D features.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.common.frechet import frechet_distance
+
+PSNR_LIMIT = 100.0  # dB; of clips that are equal, so that means stay finite
+METRICS = {  # -> what a table calls them, and its digits
+    "relative_l1": ("relative L1", 4),
+    "psnr": ("PSNR, dB", 1),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "flicker": ("flicker", 4),
+}
+
+Lpips = Callable[[Tensor, Tensor], float]  # two clips (F, 3, H, W) in [-1, 1]
+
+
+def compare(
+    latents: Tensor, videos: Tensor, twin_latents: Tensor, twin_videos: Tensor, lpips: Lpips | None = None
+) -> dict[str, list[float]]:
+    """The figures of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
+
+    relative_l1: |a - b|_1 / |b|_1 of the latents
+    psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames
+    flicker: error of frame differences, mean |Da - Db| / mean |Db| of the videos, where D is the difference of
+        neighbouring frames; 0 if they move alike, 1 for an a that is still
+    """
+    change, twin_change = videos.diff(dim=1), twin_videos.diff(dim=1)  # (B, F - 1, 3, H, W)
+    pairs = list(zip(videos, twin_videos, strict=True))
+    figures = {
+        "relative_l1": _relative_error(latents, twin_latents),
+        "psnr": [psnr(a, b) for a, b in pairs],
+        "ssim": [ssim(a, b) for a, b in pairs],
+        "flicker": _relative_error(change, twin_change),
+    }
+    return figures | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two clips (F, 3, H, W) in [-1, 1], over all pixels: dB, at most PSNR_LIMIT."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import, as the others here
+
+    return min(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0).item(), PSNR_LIMIT)
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of two clips (F, 3, H, W) in [-1, 1], the mean over frames."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0).item()
+
+
+def lpips_weights() -> tuple[Path, str]:
+    """Where torch looks for LPIPS's AlexNet, and whence it is to be fetched; torchmetrics ships LPIPS's own weights."""
+    from torchvision.models import AlexNet_Weights
+
+    url = AlexNet_Weights.DEFAULT.url
+    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name), url
+
+
+def load_lpips(device: torch.device) -> Lpips | None:
+    """LPIPS (AlexNet, arXiv:1801.03924), mean over frames; None where `lpips_weights` are not on the disk."""
+    if not lpips_weights()[0].is_file():
+        return None
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity("alex").to(device)
+    return lambda a, b: metric(a, b).item()
+
+
+def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
+    """The mean over clips, and half the width of its 95 % interval by Student's t; one clip has none."""
+    from scipy.stats import t
+
+    x, n = torch.tensor(values, dtype=torch.float64), len(values)  # (N,)
+    margin = t.ppf(0.975, n - 1) * x.std().item() / n**0.5 if n > 1 else None
+    return {"mean": x.mean().item(), "margin": margin, "clips": n}
+
+
+def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]:
+    """`mean_and_margin` over all clips and by class, and each value; `classes` has a name a clip, or none at all."""
+    names = sorted(set(classes))
+    own = {name: [v for v, c in zip(values, classes, strict=True) if c == name] for name in names}
+    return {
+        **mean_and_margin(values),
+        "by_class": {name: mean_and_margin(own[name]) for name in names},
+        "each": list(values),
+    }
+
+
+def distance_to_others(features: Tensor, twins: Tensor) -> float:
+    """Fréchet distance of features (N, D) to those of the twins (N, D) with other seeds.
+
+    Every other clip against the twins of the rest, then the rest likewise, the mean of both. No clip meets its twin, so
+    that sets which share their noise with the twins compare with sets which do not; a set by itself gives the floor.
+    """
+    there, back = frechet_distance(features[::2], twins[1::2]), frechet_distance(features[1::2], twins[::2])
+    return (there + back) / 2
+
+
+def _relative_error(a: Tensor, b: Tensor) -> list[float]:
+    """|a - b|_1 / |b|_1 of each of (B, ...)."""
+    return ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist()

@@ -1,0 +1,224 @@
+"""A grid of cache plans, solvers, steps and guidance over paired seeds: table, CSV and Pareto plots.
+
+    python tools/sweep.py plans=[N2,N4] methods=[ddim,dpmsolver++] steps=[20,50] num_clips=14        # the demo
+    python tools/sweep.py plans=[N2,N3,N4] steps=[50] guidance=[1,2.5] reference=ddim-250 real_path=datasets/demo/test
+    torchrun --standalone --nproc_per_node=8 tools/sweep.py --config sweep.yaml     # a YAML may hold the grid, too
+
+Each cell of the grid is held against the uncached run of its own solver, steps and guidance, which is always run; with
+`reference`, also against one uncached run of its guidance, so that different solvers and steps compare; and with
+`real_path`, against real clips by a proxy distance. What the figures are, and which clips pair: tools/fidelity.py.
+
+Writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips, pareto_proxy.png; as it
+goes, clips/. The same command again does only what is missing, a larger grid what it adds.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import ROOT, UserError, load_config, parse_cache, path_option
+from models.checkpoint import atomic_path
+from sample.options import plan_name
+from sample.pipeline import resolve
+from tools.common import cli
+from tools.common.distributed import distributed
+from tools.fidelity import (
+    UNCACHED,
+    Cell,
+    MeasureConfig,
+    Task,
+    columns,
+    markdown,
+    notes,
+    planner,
+    run,
+    write_record,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COSTS = {"macs": "MACs a clip", "seconds": "seconds a clip, sampling alone"}
+OFFSETS = ((6, 5), (6, -12), (-6, -12), (-6, 5), (-6, -24), (-6, 17))  # of a label from its point, the best first
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class SweepConfig(MeasureConfig):
+    """Options of the grid, of measuring and of sampling."""
+
+    plans: list[str] = field(default_factory=lambda: ["N2", "N3", "N4"])  # beside uncached
+    methods: list[str] | None = None  # None: sample_method
+    steps: list[int] | None = None  # None: num_sampling_steps
+    guidance: list[float] | None = None  # None: cfg_scale
+    reference: str | None = None  # METHOD-STEPS, as ddim-250: uncached, held against all of its guidance
+    output: str = path_option("results/sweep")
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__, SweepConfig, config=str(ROOT / "configs/demo/demo_sample.yaml"))
+    args = parser.parse_args()
+    with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
+        cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
+        tasks = grid(cfg)
+        rows = run(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
+    if rows:
+        rows, folder = list(rows.values()), Path(cfg.output)
+        keys = ("method", "steps", "guidance", "plan")
+        table = markdown([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
+        text = f"{table}\n\n{notes(cfg, tasks, rows)}\n"
+        write_text(folder / "sweep.md", text)
+        write_text(folder / "sweep.csv", to_csv(rows))
+        write_record(folder / "sweep.json", cfg, rows, env)
+        draw_all(cfg, rows, folder)
+        print(f"\n{text}\nrecord: {cfg.output}")
+
+
+def grid(cfg: SweepConfig) -> list[Task]:
+    """The cells, each once, those that others are held against first."""
+    axes = cfg.methods or [cfg.sample_method], cfg.steps or [cfg.num_sampling_steps], cfg.guidance or [cfg.cfg_scale]
+    plans = [UNCACHED, *(plan if plan == UNCACHED else plan_name(parse_cache(plan)) for plan in cfg.plans)]
+    references = {guidance: reference(cfg, guidance) for guidance in axes[2]}
+    tasks = [Task(cell, cell) for cell in references.values() if cell]
+    for method, steps, guidance in product(*axes):
+        twin = Cell(method, steps, guidance)
+        tasks += [Task(replace(twin, plan=plan), twin, references[guidance]) for plan in plans]
+    return list({task.cell: task for task in tasks}.values())
+
+
+def reference(cfg: SweepConfig, guidance: float) -> Cell | None:
+    """The uncached cell that all others of this guidance are held against."""
+    if cfg.reference is None:
+        return None
+    match = re.fullmatch(r"(.+)-(\d+)", cfg.reference)
+    if not match:
+        raise UserError(f"reference: {cfg.reference} is no METHOD-STEPS, as ddim-250")
+    return Cell(match[1], int(match[2]), guidance)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """A line for each row; of a figure {role}_{metric} its mean over clips, and its margin."""
+    lines = []
+    for row in rows:
+        line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+        for role in ("twin", "reference"):
+            for metric, figures in row[role].items():
+                line |= {f"{role}_{metric}": figures["mean"], f"{role}_{metric}_margin": figures["margin"]}
+        lines.append(line)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which (x, y) no other beats in one without losing in the other, less being better, by rising x."""
+    front, best = [], float("inf")
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if points[i][1] < best:
+            front.append(i)
+            best = points[i][1]
+    return front
+
+
+def series(row: Row) -> tuple[str, int, float]:
+    return row["method"], row["steps"], row["guidance"]
+
+
+def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
+    """Fidelity and, if there are real clips, the proxy distance against what they cost."""
+    role = "reference" if cfg.reference else "twin"
+    fidelity = [(row, row[role]["relative_l1"]["mean"]) for row in rows if row[role]]
+    if cfg.reference:
+        label, comparable = f"relative L1 of latents to uncached {cfg.reference}", lambda row: row["guidance"]
+    else:
+        label, comparable = "relative L1 of latents to the uncached run of each series", series
+    if fidelity:
+        draw(folder / "pareto_fidelity.png", fidelity, label, comparable)
+    if cfg.real_path:
+        label = f"proxy distance of {cfg.num_clips} clips to real clips (no FVD)"
+        draw(folder / "pareto_proxy.png", [(row, row["proxy_real"]) for row in rows], label, lambda row: None)
+
+
+def draw(path: Path, points: Sequence[tuple[Row, float]], label: str, comparable: Callable[[Row], Any]) -> None:
+    """(row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    several = len({row["guidance"] for row, _ in points}) > 1
+    figure, panels = pyplot.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    for axes, (key, title) in zip(panels, COSTS.items(), strict=True):
+        for kind in dict.fromkeys(comparable(row) for row, _ in points):
+            own = [(row[key], y) for row, y in points if comparable(row) == kind]
+            front = [own[i] for i in pareto(own)]
+            axes.plot(*zip(*front, strict=True), color="0.87", linewidth=9, solid_capstyle="round", zorder=0)
+        texts = []  # x, y, text, colour
+        for name in dict.fromkeys(series(row) for row, _ in points):
+            own = sorted((row[key], y, row["plan"]) for row, y in points if series(row) == name)
+            x, y, plans = zip(*own, strict=True)
+            (line,) = axes.plot(x, y, "o-", linewidth=1, markersize=5)
+            names = [*plans[:-1], f"{plans[-1]}: {name[0]} {name[1]}" + f", guidance {name[2]:g}" * several]
+            texts += [(*place, text, line.get_color()) for *place, text in zip(x, y, names, strict=True)]
+        axes.set_xlabel(title)
+        scale(axes, "x", [row[key] for row, _ in points])
+        scale(axes, "y", [y for _, y in points])
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+        label_points(axes, texts)
+    panels[0].set_ylabel(label)
+    figure.suptitle("A line is a solver with its steps and guidance; grey: Pareto front", fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
+    """A logarithmic axis for values that span much."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{which}axis")
+    if max(values) > 5 * min(values) > 0:
+        axes.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(EngFormatter(sep="") if which == "x" else "{x:g}")
+
+
+def label_points(axes: "Axes", texts: Sequence[tuple[float, float, str, str]]) -> None:
+    """Each text beside its (x, y), in its colour, inside the axes and where it covers none before it."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # settles the places
+    taken = [Bbox.from_bounds(*axes.transData.transform((x, y)) - 4, 8, 8) for x, y, _, _ in texts]
+    for x, y, text, colour in texts:
+        for offset in OFFSETS:
+            side = "left" if offset[0] > 0 else "right"
+            note = axes.annotate(text, (x, y), offset, textcoords="offset points", ha=side, color=colour, fontsize=8)
+            box = note.get_window_extent()
+            free = box.x1 < axes.bbox.x1 and not any(box.overlaps(other) for other in taken)
+            if free or offset == OFFSETS[-1]:
+                taken.append(box)
+                break
+            note.remove()
+
+
+if __name__ == "__main__":
+    cli.run(main)
