@@ -17,10 +17,11 @@
 real_path and fake_path hold video files or folders of frames, flat or nested. `generate` samples in memory instead of
 reading fake_path: pixels are rounded to 8 bits as for a file, so only the compression of an mp4 makes a difference.
 Which clips are used (when there are more than asked for) and where their windows begin depends on the seed and on
-their names alone, not on folders, listing order or number of processes. Figures depend on the number of clips: the
-less, the higher. `interval` is the spread (95 %) when the fakes are drawn anew with replacement, put around the figure;
-`bias` by how much the mean of such draws exceeds the figure, which estimates how much the figure itself owes to the
-number of fakes.
+their names alone, not on folders, listing order or number of processes.
+
+A Fréchet distance is the higher, the fewer the clips. Its 95 % interval is the spread of the distance when the fakes
+are drawn anew, with replacement, put around the figure; its bias is how far the mean of such draws lies above the
+figure, about as far as the figure lies above that of infinitely many fakes. Compare figures of equal numbers of clips.
 
 Letters: N clips, n rows of features a clip (1, or F), D width, B batch, F frames, S pixels of a side.
 """
@@ -90,9 +91,7 @@ class EvaluateConfig:
     real_stride: int = 3  # frames from one to the next of a real clip
     fake_stride: int = 1
     image_size: int = 256  # short edge resized to this, a square cut from the centre
-    resize_filter: str = (
-        "bilinear"  # bilinear (as in training) | bicubic | lanczos (as Latte's conversion); antialiased
-    )
+    resize_filter: str = "bilinear"  # bilinear, as in training | bicubic | lanczos, as Latte converts; antialiased
     seed: int = 0
     bootstrap: int = 200  # draws behind an interval; 0: none
     # the detectors' files; None: the published ones, in detector_path, where they are fetched to
@@ -105,7 +104,7 @@ class EvaluateConfig:
     video_reader: str = "decord"  # decord | pyav
     max_bad_fraction: float = 0.1  # an error when more of the videos read than this are broken
     batch_size: int = 8  # clips that pass a detector at once
-    num_workers: int = 4  # processes that read
+    num_workers: int = field(default_factory=torch.get_num_threads)  # processes that read: by default, one a core
 
 
 class ShortClip(BadClip):
@@ -292,19 +291,19 @@ def gather(items: list[T], env: Environment) -> list[T]:
 def real_features(
     source: Files, networks: Networks, found: dict[str, Found], cfg: EvaluateConfig, env: Environment
 ) -> Features:
-    """Features of the real set, read from `feature_path` where an earlier run left them."""
+    """Features of the real set, on the first process at least; kept in `feature_path` for the next run."""
     files: dict[str, Path] = {}
     if cfg.feature_path:
         facts = [from_first(env, source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
         for name in networks:
-            facts_of_name = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
-            files[name] = Path(
-                cfg.feature_path, f"{name}-{hashlib.sha256(facts_of_name.encode()).hexdigest()}.safetensors"
-            )
+            key = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
+            files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if files and from_first(env, lambda: all(file.exists() for file in files.values())):
+        if not env.is_main:
+            return Features({}, {})
         with safe_open(next(iter(files.values())), "pt") as file:
-            report = json.loads(file.metadata()["report"])
-        return Features({name: load_file(file)["rows"] for name, file in files.items()}, report | {"from_cache": True})
+            report = json.loads(file.metadata()["report"]) | {"from_cache": True}
+        return Features({name: load_file(file)["rows"] for name, file in files.items()}, report)
     features = extract(source, networks, cfg, env)
     if env.is_main:
         for name, file in files.items():

@@ -4,6 +4,7 @@ The published ones take uint8 pixels and resize them to their own input size.
 Letters: B batch, F frames, N rows (B, or B F where frames are seen one by one), D width of the features.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -86,6 +87,7 @@ def find_detector(name: str, given: str | None, folder: Path) -> Found:
         raise UserError(f"{name}: no file {path}")
     if not path.exists():
         print(f"fetching {detector.url} -> {path}", flush=True)
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # a line for each of its attempts
         try:
             download(detector.url, path, (detector.sha256 or "unknown")[:8], sha256=detector.sha256)
         except UserError:
