@@ -14,7 +14,7 @@ from models.latte import Latte
 from sample.pipeline import Pipeline, load, plan_steps, resolve, sample_latents
 from tests.conftest import save_random_weights
 from tools import stability
-from tools.stability import AGES, Watch, compare_steps, compare_weights, random_direction, run_layers, similarity
+from tools.stability import AGES, STILL, Watch, compare_steps, compare_weights, random_direction, run_layers, similarity
 
 CPU = torch.device("cpu")
 N4, UNCACHED = CacheOptions(interval=4), CacheOptions(interval=1)
@@ -126,7 +126,7 @@ def test_figures_of_a_run_agree_with_each_other(pipe):
 
 def test_directions_have_filters_as_long_as_the_models(pipe):
     """Biases, norms and the fixed tables are left out; all other weights are in, the skips' too."""
-    direction = random_direction(pipe.model, torch.Generator().manual_seed(0))
+    direction = random_direction(pipe.model, STILL["landscape"], torch.Generator().manual_seed(0))
     assert {name for name, weight in pipe.model.named_parameters() if name not in direction} == {
         name
         for name, weight in pipe.model.named_parameters()
@@ -136,6 +136,19 @@ def test_directions_have_filters_as_long_as_the_models(pipe):
         weight = pipe.model.get_parameter(name)
         torch.testing.assert_close(move.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
         assert abs(torch.cosine_similarity(move.flatten(), weight.flatten(), dim=0)) < 0.5
+
+
+def test_the_trunks_direction_is_that_of_a_latte(pipe, twin):
+    """Only the skips' weights stay, and of one seed all others get the noise that they get in a model without skips."""
+    latte = load(replace(pipe.cfg, num_skips=0, ckpt=str(twin)), CPU).model
+    for parameter in latte.parameters():
+        parameter.fill_(1)
+    ours = random_direction(pipe.model, STILL["landscape_trunk"], torch.Generator().manual_seed(0))
+    theirs = random_direction(latte, STILL["landscape"], torch.Generator().manual_seed(0))
+    assert ours.keys() == theirs.keys()
+    for name, move in ours.items():
+        similarity = torch.cosine_similarity(move.flatten(1), theirs[name].flatten(1), dim=1)
+        torch.testing.assert_close(similarity, torch.ones(len(move)))
 
 
 def state(model: Latte) -> dict:
@@ -151,15 +164,15 @@ def unchanged(before: dict, model: Latte) -> bool:
 
 def test_the_landscape_is_1_in_its_middle_and_falls_off(pipe):
     before = state(pipe.model)
-    axis = 0.2 * torch.arange(-2, 3) / 2
-    grid = compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, seed=0)
+    axis, still = 0.2 * torch.arange(-2, 3) / 2, STILL["landscape"]
+    grid = compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, still, seed=0)
     assert grid.shape == (3, 5, 5) and (grid[:, 2, 2] == 1).all()
     assert grid.flatten(1).argmax(1).tolist() == [12, 12, 12]
     for ray in (grid[:, 2, 2:], grid[:, 2:, 2], grid.diagonal(dim1=1, dim2=2)[:, 2:]):
         assert (ray.diff(dim=1) < 0).all()
     assert unchanged(before, pipe.model)
-    assert torch.equal(grid, compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, seed=0))
-    assert not torch.equal(grid, compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, seed=1))
+    assert torch.equal(grid, compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, still, seed=0))
+    assert not torch.equal(grid, compare_weights(pipe.model, "", [step(2), step(1)], 1, axis, still, seed=1))
 
 
 @pytest.mark.parametrize("calls", [5, 200])
@@ -190,15 +203,20 @@ def test_twins_side_by_side(monkeypatch, tiny, twin, tmp_path, capsys):
     models = ["--model", f"Skip={tiny.parent / 'skip.safetensors'}", "--model", f"Latte={twin}"]
     record = analyse(monkeypatch, tiny, tmp_path / "a", *models)
     printed = capsys.readouterr().out
+    for draw in ("draw_neighbours", "draw_cached", "draw_landscape"):  # once will do
+        monkeypatch.setattr(stability, draw, lambda *_: None)
     assert record == analyse(monkeypatch, tiny, tmp_path / "b", *models)
     assert record["timesteps"] == [999, 799, 599, 400, 200, 0] and record["plan"] == "N4"
+    assert record["full_steps"] == [True, False, False, False, True, False]
+    assert record["window"] == [False, True, True, True, True, True]  # but 0 is the last below cache.stop
     assert record["labels"] == [0, 1, 2] and record["landscape_timesteps"] == [799, 400, 200]
     assert record["landscape_axis"] == [-0.5, 0, 0.5]
     for name, skips in (("Skip", 2), ("Latte", 0)):
         model = record["models"][name]
         assert model["config"]["num_skips"] == skips and ("reused_cached" in model) == bool(skips)
         assert (len(model["updates"]), len(model["updates"][0]), len(model["ages"][0])) == (4, 5, 6)
-        for grid in model["landscape"].values():
+        assert ("landscape_trunk" in model) == bool(skips)
+        for grid in (*model["landscape"].values(), *model.get("landscape_trunk", {}).values()):
             assert len(grid) == len(grid[0]) == 3 and grid[1][1] == 1
         for label, value in model["summary"].items():
             assert label in printed and f"{value:.5f}" in printed
@@ -211,8 +229,11 @@ def test_one_model_without_classes_or_skips_and_a_dry_run(monkeypatch, tiny, tmp
     torch.manual_seed(2)
     options = ["model=Latte-XL/2", "num_classes=null", "cfg_scale=1", f"ckpt={tmp_path}/plain.safetensors"]
     save_random_weights(get_models(load_config(SampleConfig, tiny, options)), tmp_path / "plain.safetensors")
-    record = analyse(monkeypatch, tiny, tmp_path / "output", *options)
+    record = analyse(monkeypatch, tiny, tmp_path / "output", "cache.start=1000", "cache.stop=700", *options)
     assert list(record["models"]) == ["Latte-XL/2"] and record["labels"] is None
+    assert record["window"] == [False, True, True, False, False, False]  # so the oldest feature is 2 steps old
+    labels = record["models"]["Latte-XL/2"]["summary"].keys()
+    assert [label for label in labels if "age" in label] == [f"deep feature, age {age}: mean" for age in (1, 2)]
     monkeypatch.setattr(stability, "load", lambda *_: pytest.fail("a dry run loads nothing"))
     monkeypatch.setattr(sys, "argv", ["stability.py", "--config", str(tiny), "--dry-run"])
     stability.main()

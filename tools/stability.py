@@ -10,10 +10,12 @@ Three questions, answered in cosine similarities over the width, averaged over t
               embeddings, which stay the same at every step and make them alike; updates do not.
   cached      How alike are the deep feature that Skip-Cache reuses (it enters the outer tail) and that of a full step?
               By its age in steps along the uncached run, also of a Latte, where no cache can run; and along the run
-              that really is cached. The plan is that of the options, with cache.interval=4 if they have none.
+              that really is cached. The plan is that of the options, with cache.interval=4 if they have none; means by
+              age are over the steps that it could cache with some interval.
   landscape   How alike are the features of weights theta + a u + b v and of theta? u and v are random directions, each
               filter as long as the model's own; biases and norms stay (Li et al. 2018, arXiv:1712.09913, section 4).
-              Of the deep feature, the last layer's output, and the prediction, whose frames are the tokens.
+              Of the deep feature, the last layer's output, and the prediction, whose frames are the tokens. Of a
+              Skip-DiT once more with only its trunk moved: the weights that a Latte has, too.
               The inputs are those of the uncached run at a quarter, a half and three quarters of its steps.
 The models sample the same seeds with the same options, in fp32 unless `precision` says otherwise. With guidance, the
 rows with a label count. Writes {neighbours,cached,landscape}.png and stability.json.
@@ -26,7 +28,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,12 @@ from tools.common.records import write_json
 AGES = 5  # steps back: the paper's plans go to N = 6
 INTERVAL = 4  # N of the plan where the options have none
 PLACES = (0.25, 0.5, 0.75)  # of the run: the steps from which the landscape has its inputs
-LANDSCAPES = ("deep feature", "last layer's output", "prediction")
+FEATURES = ("deep feature", "last layer's output", "prediction")  # of the landscape
+STILL = {  # key of a landscape -> names of parameters that it does not move; the tables are not learned
+    "landscape": ("pos_embed", "temp_embed"),
+    "landscape_trunk": ("pos_embed", "temp_embed", "skip_"),
+}
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of the landscape's contour lines
-TABLES = ("pos_embed", "temp_embed")  # parameters that are not learned
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # x (N, F, C, H, W), t (N,), y (N,) of a step
 
@@ -96,10 +101,9 @@ def configure(
 
     wanted: NAME=CKPT each; None: the model of `cfg`.
     """
-    files = dict(
-        item.partition("=")[::2] for item in wanted or [f"{cfg.model}={cfg.ckpt or require_path(cfg, 'ckpt')}"]
-    )
-    if len(files) < len(wanted or files) or not all(files.values()):
+    wanted = wanted or [f"{cfg.model}={cfg.ckpt or require_path(cfg, 'ckpt')}"]
+    files = dict(item.partition("=")[::2] for item in wanted)
+    if len(files) < len(wanted) or not all(files.values()):
         raise UserError(f"--model {' --model '.join(wanted)}: expected NAME=CKPT, each name once")
     cache = resolve(cfg, device).cache
     if cache.interval == 1:
@@ -131,6 +135,8 @@ def analyse(
         "plan": plan_name(cache),
         "full_steps": full,
         "timesteps": timesteps,
+        # Steps that could be cached: not before cache.start, and not once the cache is emptied for good.
+        "window": [a >= cache.stop and b < cache.start for a, b in pairwise([-1, *timesteps])],
         "seeds": seeds,
         "labels": labels_of(seeds, cfg),
         "landscape_axis": axis.tolist(),
@@ -143,9 +149,11 @@ def analyse(
             half = pipe.model.num_layers // 2
             raise UserError(f"cache.depth: {cache.depth} is outside 1 ... {half}, half of the layers")
         model, inputs = compare_steps(pipe, name, seeds, cache, full, kept)
-        grid = compare_weights(pipe.model, name, inputs, cache.depth, axis, cfg.seed)
-        model["landscape"] = dict(zip(LANDSCAPES, plain(grid), strict=True))
-        record["models"][name] = {**make_record(pipe.cfg, device), "summary": summarize(model, record["plan"]), **model}
+        for key, still in STILL.items():
+            if key == "landscape" or pipe.model.num_skips:
+                grid = compare_weights(pipe.model, f"{name}: {key}", inputs, cache.depth, axis, still, cfg.seed)
+                model[key] = dict(zip(FEATURES, plain(grid), strict=True))
+        record["models"][name] = {**make_record(pipe.cfg, device), "summary": summarize(model, record), **model}
     return record
 
 
@@ -279,28 +287,33 @@ def watch_cached_run(
 
 
 @torch.no_grad()
-def compare_weights(model: Latte, name: str, inputs: list[Inputs], depth: int, axis: Tensor, seed: int) -> Tensor:
-    """(3, P, P): each of LANDSCAPES at weights theta + axis[i] u + axis[j] v with that at theta."""
+def compare_weights(
+    model: Latte, name: str, inputs: list[Inputs], depth: int, axis: Tensor, still: tuple[str, ...], seed: int
+) -> Tensor:
+    """(3, P, P): each of FEATURES at weights theta + axis[i] u + axis[j] v with that at theta."""
     generator = torch.Generator().manual_seed(seed)
-    u, v = random_direction(model, generator), random_direction(model, generator)
+    u, v = random_direction(model, still, generator), random_direction(model, still, generator)
     own = [last_features(model, depth, *each) for each in inputs]
     other = deepcopy(model)  # its weights move, the model's stay
     grid = torch.empty(3, len(axis), len(axis), dtype=torch.float64)
-    for i, j in tqdm(list(product(range(len(axis)), repeat=2)), desc=f"{name}: landscape", unit="point"):
+    for i, j in tqdm(list(product(range(len(axis)), repeat=2)), desc=name, unit="point"):
         for key in u:
             weight = model.get_parameter(key)
             other.get_parameter(key).copy_(weight + axis[i] * u[key] + axis[j] * v[key])
         moved = [last_features(other, depth, *each) for each in inputs]
-        for k in range(len(LANDSCAPES)):
+        for k in range(len(FEATURES)):
             grid[k, i, j] = torch.cat([similarity(a[k], b[k]) for a, b in zip(own, moved, strict=True)]).mean()
     return grid
 
 
-def random_direction(model: Latte, generator: torch.Generator) -> dict[str, Tensor]:
-    """Noise like the weights of two and more dimensions, by name; each filter (row) as long as the model's own."""
+def random_direction(model: Latte, still: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """Noise like the weights of two and more dimensions, by name; each filter (row) as long as the model's own.
+
+    still: how the names of weights begin that are left out.
+    """
     direction = {}
     for name, weight in model.named_parameters():
-        if weight.ndim > 1 and name not in TABLES:
+        if weight.ndim > 1 and not name.startswith(still):
             noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             length, own = (x.float().flatten(1).norm(dim=1) for x in (noise, weight))
             direction[name] = noise * (own / length).view(-1, *[1] * (weight.ndim - 1))
@@ -308,7 +321,7 @@ def random_direction(model: Latte, generator: torch.Generator) -> dict[str, Tens
 
 
 def last_features(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What LANDSCAPES names: (N, F, T, D) twice, and the prediction as (N, F, 1, C * H * W)."""
+    """What FEATURES names: (N, F, T, D) twice, and the prediction as (N, F, 1, C * H * W)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
     deep = model.run(range(model.num_layers - depth), x, c, skips)
@@ -354,12 +367,12 @@ def draw_cached(record: dict[str, Any], path: Path) -> None:
     """The deep feature and the one that is reused: by age, and at the cached steps of the plan."""
     figure, ((by_age, by_step),) = new_figure(1, 2, width=5.5, height=4.4)
     for i, (name, model) in enumerate(record["models"].items()):
-        means = np.nanmean(1 - array(model["ages"]), axis=1)  # (K,)
+        means = 1 - means_by_age(model, record)  # (K,)
         by_age.plot(range(1, len(means) + 1), means, "o-", color=f"C{i}")
         by_step.plot(1 - array(model["reused"]), "o-", color=f"C{i}", label=f"{name}, uncached run")
         if "reused_cached" in model:
             by_step.plot(1 - array(model["reused_cached"]), "x:", color="black", label=f"{name}, cached run")
-    by_age.set(title="uncached run, mean over steps", xlabel="age of the deep feature in steps")
+    by_age.set(title="uncached run, mean over steps that could be cached", xlabel="age of the deep feature in steps")
     by_age.set_xticks(range(1, len(means) + 1))
     by_step.set(title=f"at the cached steps of {record['plan']}")
     label_timesteps(by_step, record["timesteps"])
@@ -371,14 +384,19 @@ def draw_cached(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_landscape(record: dict[str, Any], path: Path) -> None:
-    """Maps over the two directions: a column for each model, a row for each feature."""
-    models, axis = record["models"], record["landscape_axis"]
-    figure, grid = new_figure(len(LANDSCAPES), len(models), width=4, height=3.4)
-    for row, what in zip(grid, LANDSCAPES, strict=True):
-        maps = [array(model["landscape"][what]).T for model in models.values()]  # (P, P) each, b upwards
-        for axes, name, values in zip(row, models, maps, strict=True):
+    """Maps over the two directions: a column for each model, and each trunk moved alone; a row for each feature."""
+    axis, landscapes = record["landscape_axis"], {}
+    for name, model in record["models"].items():
+        landscapes[name] = model["landscape"]
+        if "landscape_trunk" in model:
+            landscapes[f"{name}'s trunk"] = model["landscape_trunk"]
+    figure, grid = new_figure(len(FEATURES), len(landscapes), width=4, height=3.4)
+    for row, what in zip(grid, FEATURES, strict=True):
+        maps = [array(landscape[what]).T for landscape in landscapes.values()]  # (P, P) each, b upwards
+        for axes, name, values in zip(row, landscapes, maps, strict=True):
             image = axes.pcolormesh(axis, axis, values, vmin=min(map(np.min, maps)), vmax=1, shading="nearest")
-            axes.clabel(axes.contour(axis, axis, values, LEVELS, colors="white", linewidths=1), fmt="%g", fontsize=8)
+            levels = [level for level in LEVELS if level > values.min()]  # matplotlib warns of others
+            axes.clabel(axes.contour(axis, axis, values, levels, colors="white", linewidths=1), fmt="%g", fontsize=8)
             axes.set(title=f"{name}: {what}", xlabel="a", ylabel="b", aspect="equal")
         figure.colorbar(image, ax=list(row), label="cosine similarity\nwith a = b = 0")
     save(figure, path)
@@ -408,32 +426,38 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def summarize(model: dict[str, Any], plan: str) -> dict[str, float]:
+def summarize(model: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
     """What is printed of a model: mean and least similarities, by what they are of."""
     figures = {}
     for key in ("outputs", "updates"):
         figures[f"{key} of layers, step before: mean"] = np.nanmean(array(model[key]))
         figures[f"{key} of layers, step before: least"] = np.nanmin(array(model[key]))
-    for age, values in enumerate(model["ages"], start=1):
-        figures[f"deep feature, age {age}: mean"] = np.nanmean(array(values))
+    for age, mean in enumerate(means_by_age(model, record), start=1):
+        figures[f"deep feature, age {age}: mean"] = mean
     for key, run in (("reused", "uncached"), ("reused_cached", "cached")):
         if key in model:
-            figures[f"deep feature that {plan} reuses, {run} run: mean"] = np.nanmean(array(model[key]))
-    for what, values in model["landscape"].items():
-        figures[f"{what}, landscape: mean"] = np.mean(values)
+            figures[f"deep feature that {record['plan']} reuses, {run} run: mean"] = np.nanmean(array(model[key]))
+    for key in STILL:
+        for what, values in model.get(key, {}).items():
+            figures[f"{what}, {key.replace('_', ' of the ')}: mean"] = np.mean(values)
     return {what: float(figure) for what, figure in figures.items()}
+
+
+def means_by_age(model: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
+    """(K,) similarities of the deep feature, over the steps that could be cached; fewer where these come too early."""
+    ages = array(model["ages"])[:, record["window"]]
+    return np.nanmean(ages[~np.isnan(ages).all(axis=1)], axis=1)
 
 
 def table(record: dict[str, Any]) -> str:
     """The summaries, a column for each model."""
     summaries = {name: model["summary"] for name, model in record["models"].items()}
     labels = dict.fromkeys(label for summary in summaries.values() for label in summary)
-    width = max(map(len, labels))
-    lines = [f"{'cosine similarity':{width}}" + "".join(f"{name:>12}" for name in summaries)]
+    rows = [["cosine similarity", *summaries]]
     for label in labels:
-        cells = (f"{summary[label]:12.5f}" if label in summary else f"{'-':>12}" for summary in summaries.values())
-        lines.append(f"{label:{width}}" + "".join(cells))
-    return "\n".join(lines)
+        rows.append([label, *(f"{s[label]:.5f}" if label in s else "-" for s in summaries.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 if __name__ == "__main__":
