@@ -10,7 +10,15 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from configs import UserError, choice, require_path
-from datasets.clips import ClipDataset, class_folders, find_frame_folders, find_videos, read_frame_folder, read_video
+from datasets.clips import (
+    ClipDataset,
+    Prepare,
+    class_folders,
+    find_frame_folders,
+    find_videos,
+    read_frame_folder,
+    read_video,
+)
 from datasets.joint import WithStills, read_frame_list
 from datasets.latents import check_latents, find_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
@@ -40,10 +48,11 @@ SOURCES = {
 SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with use_image_num stills
 
 
-def get_dataset(args: Any) -> Dataset:
+def get_dataset(args: Any, prepare: Prepare = fit) -> Dataset:
     """The training set that `args` describes: configs.DataOptions, num_frames, image_size, num_classes, global_seed.
 
-    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills.
+    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills. With `prepare` = transforms.square, pixels
+    stay uint8, a quarter of the bytes.
 
     Raises:
         UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.
@@ -73,7 +82,7 @@ def get_dataset(args: Any) -> Dataset:
         image_size=args.image_size,
         flip=flip,
         seed=args.global_seed,
-        prepare=pick_variant if args.latents_path else fit,
+        prepare=pick_variant if args.latents_path else prepare,
     )
     if not args.use_image_num:
         return clips

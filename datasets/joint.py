@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from configs import UserError
 from datasets.clips import ClipDataset, read_image, read_usable
-from datasets.transforms import fit
 
 
 class WithStills(Dataset):
@@ -50,7 +49,7 @@ class WithStills(Dataset):
             return still, self.clips.labels[index], skipped
         image, index, skipped = read_usable(self.paths, int(rng.integers(len(self.paths))), read_image, rng)
         flip = self.clips.flip and rng.random() < 0.5
-        return fit(image, self.clips.image_size, flip)[None], self.labels[index], skipped
+        return self.clips.prepare(image[None], self.clips.image_size, flip), self.labels[index], skipped
 
 
 def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tuple[list[Path], list[int]]:

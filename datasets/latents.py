@@ -50,6 +50,11 @@ def check_latents(args: Any) -> None:
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
     made = json.loads(record.read_text())
-    for key in ("dataset", "image_size", "horizontal_flip"):
-        if made[key] != getattr(args, key):
-            raise UserError(f"latents_path: {record.parent} was made with {key}={made[key]}, not {getattr(args, key)}")
+    asked = {"dataset": args.dataset.removesuffix("_img")} | {
+        k: getattr(args, k) for k in ("image_size", "horizontal_flip")
+    }
+    for key, value in asked.items():
+        if made[key] != value:
+            raise UserError(f"latents_path: {record.parent} was made with {key}={made[key]}, not {value}")
+    if args.use_image_num and args.frame_data_txt:
+        raise UserError("frame_data_txt: with latents_path the stills are frames of the encoded clips; leave it empty")

@@ -5,9 +5,12 @@ from torchvision.transforms.v2 import functional as F
 
 
 def fit(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
-    """Resize the short edge, crop the centre, flip, scale: (..., 3, H, W) uint8 -> (..., 3, size, size) in [-1, 1]."""
+    """`square` in the model's range: (..., 3, H, W) uint8 -> (..., 3, size, size) float in [-1, 1]."""
+    return F.to_dtype(square(frames, size, flip), torch.float32, scale=True).mul_(2).sub_(1)
+
+
+def square(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
+    """Resize the short edge, crop the centre, flip: (..., 3, H, W) -> (..., 3, size, size), both uint8."""
     frames = F.resize(frames, [size], F.InterpolationMode.BILINEAR, antialias=True)  # (..., 3, size, >= size) or turned
     frames = F.center_crop(frames, [size, size])
-    if flip:
-        frames = F.horizontal_flip(frames)
-    return F.to_dtype(frames, torch.float32, scale=True) * 2 - 1
+    return F.horizontal_flip(frames) if flip else frames

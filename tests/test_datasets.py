@@ -1,5 +1,6 @@
 """The training data: which frames a clip holds, what becomes of broken files, the eight layouts, and determinism."""
 
+import json
 import logging
 import subprocess
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from configs import ROOT, UserError
 from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
@@ -26,7 +28,7 @@ from datasets.clips import (
     read_video,
     temporal_crop,
 )
-from datasets.transforms import fit
+from datasets.transforms import fit, square
 
 DEMO = ROOT / "datasets" / "demo"
 SIZE, NUM_FRAMES, STILLS = 24, 8, 2
@@ -64,7 +66,7 @@ def clips() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def video_tree(tmp_path_factory, clips) -> Path:
-    """Two classes of .avi and .mp4, broken files among them: a truncated .mp4, a text called .avi, a 5-frame clip."""
+    """Two classes of .avi and .mp4, broken files among them: truncated, empty, text, and a clip of five frames."""
     root = tmp_path_factory.mktemp("videos")
     write_video(root / "Archery" / "v_Archery_g01_c01.avi", clips[0], "mpeg4")
     write_video(root / "Archery" / "v_Archery_g01_c02.mp4", clips[1], "libx264")
@@ -72,7 +74,9 @@ def video_tree(tmp_path_factory, clips) -> Path:
     write_video(root / "HandstandPushups" / "deeper" / "v_HandStandPushups_g01_c02.mp4", clips[3], "libx264")
     whole = (DEMO / "train" / "Box" / "v_Box_g01_c01.mp4").read_bytes()
     (root / "Archery" / "bad_truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "Archery" / "bad_empty.mp4").write_bytes(b"")
     (root / "HandstandPushups" / "bad_text.avi").write_text("not a video")
+    (root / "HandstandPushups" / "bad_text.mp4").write_text("not a video")
     write_video(root / "HandstandPushups" / "bad_short.mp4", clips[0][:5], "libx264")
     (root / "Archery" / "readme.txt").write_text("ignored")
     return root
@@ -80,15 +84,20 @@ def video_tree(tmp_path_factory, clips) -> Path:
 
 @pytest.fixture(scope="module")
 def frame_tree(tmp_path_factory, clips) -> Path:
-    """Frame folders at several depths, .jpg and .png, broken ones among them: zero-byte .jpg files, five frames."""
+    """Frame folders at several depths, .jpg and .png, broken ones among them: truncated, empty, text, five frames."""
     root = tmp_path_factory.mktemp("frames")
     write_frames(root / "Archery" / "one" / "one_1", clips[0], "one_frame_{}.jpg")
     write_frames(root / "Archery" / "one" / "one_2", clips[1], "{:06d}.png")
     write_frames(root / "HandstandPushups" / "two", clips[2], "{}.jpg")
     write_frames(root / "HandstandPushups" / "bad_short", clips[3][:5], "{}.png")
-    write_frames(root / "HandstandPushups" / "bad_empty", clips[3], "{}.jpg")
-    for path in (root / "HandstandPushups" / "bad_empty").iterdir():
-        path.write_bytes(b"")
+    write_frames(root / "Archery" / "bad_truncated", clips[2], "{}.png")
+    write_frames(root / "HandstandPushups" / "bad_truncated", clips[2], "{}.jpg")
+    for path in root.rglob("bad_truncated/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for name, content in (("bad_empty", b""), ("bad_text", b"not an image")):
+        write_frames(root / "HandstandPushups" / name, clips[3], "{}.jpg")
+        for path in (root / "HandstandPushups" / name).iterdir():
+            path.write_bytes(content)
     return root
 
 
@@ -309,7 +318,7 @@ def test_every_data_set_reads_its_layout_and_skips_broken_files(name, request):
     stills = STILLS if name.endswith("_img") else 0
     classes = 2 if SOURCES[name].has_classes else None
     dataset = get_dataset(options(name, root, use_image_num=stills, num_classes=classes))
-    assert len(dataset) == (7 if files == "video" else 5)
+    assert len(dataset) == (9 if files == "video" else 8)
     skipped = set()
     for index in range(len(dataset)):
         item = dataset[index]
@@ -321,13 +330,13 @@ def test_every_data_set_reads_its_layout_and_skips_broken_files(name, request):
             assert item["image_labels"].shape == (stills,) and item["image_labels"].dtype == torch.int64
         skipped |= set(item["skipped"])
     reasons = {Path(text.split(": ")[0]).name: text.split(": ")[1] for text in skipped}
+    short = "bad_short.mp4" if files == "video" else "bad_short"
+    assert reasons.pop(short) == "5 frames, 8 needed"
     if files == "video":
-        assert reasons.keys() == {"bad_truncated.mp4", "bad_text.avi", "bad_short.mp4"}
-        assert "does not decode" in reasons["bad_truncated.mp4"] and "does not decode" in reasons["bad_text.avi"]
-        assert reasons["bad_short.mp4"] == "5 frames, 8 needed"
+        assert reasons.keys() == {"bad_truncated.mp4", "bad_empty.mp4", "bad_text.avi", "bad_text.mp4"}
     else:
-        assert reasons.keys() == {"bad_short", "bad_empty"}
-        assert "is no image" in reasons["bad_empty"] and reasons["bad_short"] == "5 frames, 8 needed"
+        assert reasons.keys() == {"bad_truncated", "bad_empty", "bad_text"}
+    assert all(("does not decode" if files == "video" else "is no image") in reason for reason in reasons.values())
 
 
 def test_sky_alone_is_never_mirrored():
@@ -366,13 +375,37 @@ def test_stills_without_a_list_are_frames_of_the_clips(video_tree):
     dataset = get_dataset(options("ucf101_img", video_tree, num_classes=2, use_image_num=6, image_size=72))
     frames = {}
     for path in video_tree.rglob("*.*"):
-        if path.suffix in {".avi", ".AVI", ".mp4"} and path.name not in {"bad_truncated.mp4", "bad_text.avi"}:
+        if path.suffix in {".avi", ".AVI", ".mp4"} and (path.stem == "bad_short" or "bad" not in path.name):
             for frame in torch.from_numpy(decode(path)).permute(0, 3, 1, 2):
                 for flip in (False, True):
                     frames[fit(frame, 72, flip).numpy().tobytes()] = int("HandstandPushups" in str(path))
     for index in range(3):
         item = dataset[index]
         assert [frames[s.numpy().tobytes()] for s in item["video"][NUM_FRAMES:]] == item["image_labels"].tolist()
+
+
+def test_stills_of_encoded_clips_are_frames_of_their_latents(tmp_path):
+    """A joint set trains from the latents of its clips' set."""
+    moments = torch.rand(24, 2, 8, 3, 3).half()  # (N, V, 2C, h, w)
+    save_file({"moments": moments}, tmp_path / "a.avi.safetensors")
+    (tmp_path / "latents.json").write_text(json.dumps(dict(dataset="ffs", image_size=SIZE, horizontal_flip=None)))
+    args = options("ffs_img", tmp_path, use_image_num=STILLS, latents_path=str(tmp_path))
+    item = get_dataset(args)[0]
+    assert item["video"].shape == (NUM_FRAMES + STILLS, 8, 3, 3) and item["image_labels"].tolist() == [0] * STILLS
+    frames = {frame.numpy().tobytes() for frame in moments.flatten(0, 1)}
+    assert all(frame.numpy().tobytes() in frames for frame in item["video"])
+    args.frame_data_txt = str(tmp_path / "latents.json")
+    with pytest.raises(UserError, match="frame_data_txt: with latents_path the stills are frames of the encoded clips"):
+        get_dataset(args)
+
+
+def test_pixels_left_as_bytes_are_those_of_the_floats(video_tree, frame_list):
+    """`prepare=square` leaves the scaling to the caller, in clips and stills."""
+    stills = dict(use_image_num=STILLS, frame_data_path=str(frame_list.parent), frame_data_txt=str(frame_list))
+    args = options("ucf101_img", video_tree, num_classes=2, **stills)
+    pixels, floats = get_dataset(args, prepare=square)[0]["video"], get_dataset(args)[0]["video"]
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(pixels / 127.5 - 1, floats, rtol=0, atol=1e-6)
 
 
 def test_the_demo_is_seven_classes_of_forty_clips():
@@ -401,22 +434,24 @@ def test_items_are_keyed_by_seed_epoch_and_index(video_tree):
     assert any(not torch.equal(get_dataset(args)[i]["video"], items[i]["video"]) for i in range(3))
 
 
-def test_batches_are_the_same_at_any_number_of_workers_and_whatever_the_global_generator(video_tree):
-    dataset = get_dataset(options("ucf101_img", video_tree, num_classes=2, use_image_num=STILLS))
+@pytest.mark.parametrize("name", SOURCES)
+def test_batches_are_the_same_at_any_number_of_workers_and_whatever_the_global_generator(name, request):
+    """Broken files end no worker: an epoch and more of batches, the same from this process and from two others."""
+    root = request.getfixturevalue("video_tree" if SOURCES[name].files == "video" else "frame_tree")
+    stills = STILLS if name.endswith("_img") else 0
+    dataset = get_dataset(options(name, root, use_image_num=stills))
     runs = []
     for workers in (0, 2):
         torch.manual_seed(workers)
         state = torch.get_rng_state()
         batches = load_batches(dataset, ClipSampler(len(dataset), 4, seed=1), workers, max_bad_fraction=0.9)
-        runs.append(list(islice(batches, 4)))
+        runs.append(list(islice(batches, 3)))
         assert torch.equal(state, torch.get_rng_state())
     for one, other in zip(*runs, strict=True):
-        assert one["video"].shape == (4, NUM_FRAMES + STILLS, 3, SIZE, SIZE) and one["image_labels"].shape == (
-            4,
-            STILLS,
-        )
-        assert torch.equal(one["video"], other["video"]) and torch.equal(one["label"], other["label"])
-        assert one["name"] == other["name"] and one["skipped"] == other["skipped"]
+        assert one["video"].shape == (4, NUM_FRAMES + stills, 3, SIZE, SIZE)
+        assert one.keys() == other.keys() and one["name"] == other["name"] and one["skipped"] == other["skipped"]
+        for key in one.keys() - {"name", "skipped"}:
+            assert torch.equal(one[key], other[key])
 
 
 # Too many bad files
@@ -424,7 +459,7 @@ def test_batches_are_the_same_at_any_number_of_workers_and_whatever_the_global_g
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_bad_files_than_allowed_end_the_run_with_their_names(video_tree, workers):
-    """3 of 7 files are broken, a tenth is allowed: the error comes within a pass, in one line, from any process."""
+    """5 of 9 files are broken, a tenth is allowed: the error comes within a pass, in one line, from any process."""
     dataset = get_dataset(options("ffs", video_tree))
     batches = load_batches(dataset, ClipSampler(len(dataset), 1), workers, max_bad_fraction=0.1)
     with pytest.raises(UserError, match=r"more than max_bad_fraction=0.1: .*bad_") as raised:
@@ -446,10 +481,10 @@ def test_a_set_without_a_single_good_clip_is_an_error_and_no_endless_loop(tmp_pa
 def test_each_skipped_file_is_logged_once(video_tree, caplog):
     dataset = get_dataset(options("ffs", video_tree))
     with caplog.at_level(logging.WARNING):
-        for _ in islice(load_batches(dataset, ClipSampler(len(dataset), 7), max_bad_fraction=0.9), 4):
+        for _ in islice(load_batches(dataset, ClipSampler(len(dataset), 9), max_bad_fraction=0.9), 4):
             pass
     named = [Path(record.getMessage().split(": ")[0]).name for record in caplog.records]
-    assert sorted(named) == ["bad_short.mp4", "bad_text.avi", "bad_truncated.mp4"]
+    assert sorted(named) == ["bad_empty.mp4", "bad_short.mp4", "bad_text.avi", "bad_text.mp4", "bad_truncated.mp4"]
 
 
 # What the person at the keyboard can mend

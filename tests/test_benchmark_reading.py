@@ -1,0 +1,49 @@
+"""The reading benchmark measures what training reads."""
+
+import json
+
+import av
+import pytest
+import torch
+
+from configs import ROOT, UserError
+from datasets.clips import read_video
+from tools import benchmark_reading as program
+
+FAST = ["num_frames=4", "image_size=16", "local_batch_size=2"]
+
+
+def run(monkeypatch, *args: object) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark_reading.py", *map(str, args)])
+    program.main()
+
+
+def test_every_way_is_timed_on_every_kind_of_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(program, "NUM_FRAMES", 30)
+    run(monkeypatch, *FAST, "--files", 2, "--epochs", 1, "--output", tmp_path / "reading.json")
+    report = json.loads((tmp_path / "reading.json").read_text())
+    assert list(report) == ["machine", *(f".{s}, a keyframe every {n}" for s in ("avi", "mp4") for n in (12, 250))]
+    for kind in list(report)[1:]:
+        assert list(report[kind]) == ["whole files", "pyav", "decord", "pyav, uint8"]
+        assert report[kind]["whole files"]["ratio"] == 1
+        assert all(way["clips_per_second"] > 0 for way in report[kind].values())
+    assert "a keyframe every 250" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("interval, keyframes", [(12, [0, 12, 24]), (250, [0])])
+@pytest.mark.parametrize("suffix", ["avi", "mp4"])
+def test_the_files_are_as_said_and_whole_files_read_alike(tmp_path, monkeypatch, suffix, interval, keyframes):
+    monkeypatch.setattr(program, "NUM_FRAMES", 30)
+    path = program.make_videos(tmp_path / "made", suffix, interval, 1) / f"0.{suffix}"
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (320, 240)
+        packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.size)
+    assert len(packets) == 30
+    assert set(keyframes) <= {i for i, (_, is_keyframe) in enumerate(packets) if is_keyframe}
+    assert torch.equal(program.read_whole(path, lambda n: [3, 9, n - 1]), read_video(path, lambda n: [3, 9, n - 1]))
+
+
+def test_a_data_set_that_is_not_there_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="data_path: nothing at /nowhere"):
+        run(monkeypatch, "--config", ROOT / "configs/ucf101/ucf101_train.yaml", "data_path=/nowhere")
