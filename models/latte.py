@@ -124,10 +124,7 @@ class Latte(nn.Module, StrictHubMixin):
     def run(self, layers: Iterable[int], x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
         """Run `layers` on x (B, F, T, D). `skips` is a stack: first layers push, last ones pop."""
         for i in layers:
-            merge = i - (self.num_layers - self.num_skips)  # 0: the innermost
-            if merge >= 0:
-                # The innermost merge of a model with L/2 skips gets its own input twice: it was trained so.
-                x = self.skip_linears[merge](self.skip_norms[merge](torch.cat([x, skips.pop()], dim=-1)))
+            x = self.merge(i, x, skips)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.layer, i, x, c, use_reentrant=False)
             else:
@@ -135,6 +132,14 @@ class Latte(nn.Module, StrictHubMixin):
             if i < self.num_skips:
                 skips.append(x)
         return x
+
+    def merge(self, i: int, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """What enters layer i: x (B, F, T, D), with the newest of `skips` merged in where a skip branch ends."""
+        branch = i - (self.num_layers - self.num_skips)  # 0: the innermost
+        if branch < 0:
+            return x
+        # The innermost merge of a model with L/2 skips gets its own input twice: it was trained so.
+        return self.skip_linears[branch](self.skip_norms[branch](torch.cat([x, skips.pop()], dim=-1)))
 
     def layer(self, i: int, x: Tensor, c: Tensor) -> Tensor:
         """Layer i on x (B, F, T, D): attention within each frame, then along time at each place of the clip."""

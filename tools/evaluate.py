@@ -101,7 +101,7 @@ class EvaluateConfig:
     detector_path: str = path_option("pretrained/metrics")
     feature_path: str | None = path_option("results/features")  # features of real sets, kept for the next run
     # reading
-    video_reader: str = "decord"  # decord | pyav
+    video_reader: str = "pyav"  # pyav | decord
     max_bad_fraction: float = 0.1  # an error when more of the videos read than this are broken
     batch_size: int = 8  # clips that pass a detector at once
     num_workers: int = field(default_factory=torch.get_num_threads)  # processes that read: by default, one a core
@@ -437,7 +437,7 @@ def check(cfg: EvaluateConfig) -> None:
     for metric in cfg.metrics.split(","):
         choice("metrics", metric, list(METRICS))
     choice("resize_filter", cfg.resize_filter, ["bilinear", "bicubic", "lanczos"])
-    choice("video_reader", cfg.video_reader, ["decord", "pyav"])
+    choice("video_reader", cfg.video_reader, ["pyav", "decord"])
     for key, least in (("num_real", 2), ("num_fake", 2), ("num_frames", 2), ("real_stride", 1), ("fake_stride", 1)):
         if getattr(cfg, key) < least:
             raise UserError(f"{key}: {getattr(cfg, key)} is less than {least}")

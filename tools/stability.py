@@ -246,9 +246,7 @@ def run_layers(model: Latte, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Te
     skips: list[Tensor] = []
     outputs, updates = [], []
     for i in range(model.num_layers):
-        merge = i - (model.num_layers - model.num_skips)  # as in Latte.run, which keeps the merged input to itself
-        if merge >= 0:
-            x = model.skip_linears[merge](model.skip_norms[merge](torch.cat([x, skips.pop()], dim=-1)))
+        x = model.merge(i, x, skips)
         outputs.append(model.layer(i, x, c))
         updates.append(outputs[-1] - x)
         x = outputs[-1]
