@@ -13,7 +13,7 @@ A solver that draws no noise on its way (ddim with eta=0, dpmsolver++, unipc) le
 fewer steps, so controls pair with the twins. One that draws at every step (ddpm) draws other noise in fewer steps:
 its controls do not pair and have no figures against the twins. They compare with the plans by proxy distances
 (Fréchet distance of tools/common/features.py, no FVD) of sets that share no noise: to the uncached clips of the other
-half of the seeds, where the row "uncached" is the floor, and to the real clips in real_path.
+half of the seeds, where the row "uncached" shows how far equals are, and to the real clips in real_path.
 
 Writes to `output`: fidelity.md, fidelity.json with the figures of each clip, and as it goes clips/ (a line for each
 batch sampled, and the twins' latents). The same command again does only what is missing; so do other plans, steps,
@@ -26,7 +26,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -104,7 +104,8 @@ class Cell:
     def cache(self) -> CacheOptions:
         return CacheOptions(interval=1) if self.plan == UNCACHED else parse_cache(self.plan)
 
-    def options(self, cfg: MeasureConfig) -> FidelityConfig:
+    def options(self, cfg: MeasureConfig) -> MeasureConfig:
+        """`cfg` to sample this way."""
         way = dict(sample_method=self.method, num_sampling_steps=self.steps, cfg_scale=self.guidance)
         return replace(cfg, **way, cache=self.cache)
 
@@ -121,18 +122,14 @@ class Task(NamedTuple):
     reference: Cell | None = None
 
     def pairs(self, eta: float) -> dict[str, Cell]:
-        """Which of twin and reference have clips that the cell's pair with: the same noise at the same steps, or no
-        noise but the first."""
-        others = {role: getattr(self, role) for role in ("twin", "reference")}
-        return {
-            role: other
-            for role, other in others.items()
-            if other not in (None, self.cell)
-            and (
-                replace(other, plan=self.cell.plan) == self.cell
-                or not (self.cell.draws_noise(eta) or other.draws_noise(eta))
-            )
-        }
+        """Which others have clips that pair with the cell's: the same noise at the same steps, or only at first."""
+
+        def pair(other: Cell) -> bool:
+            same_steps = replace(other, plan=self.cell.plan) == self.cell
+            return same_steps or not (self.cell.draws_noise(eta) or other.draws_noise(eta))
+
+        others = {"twin": self.twin, "reference": self.reference}
+        return {role: other for role, other in others.items() if other not in (None, self.cell) and pair(other)}
 
 
 @dataclass
@@ -199,9 +196,8 @@ def run(
         if env.is_main:
             dry_run(cfg, lines)
         return None
-    real = (
-        real_features(cfg, env.device) if env.is_main and cfg.real_path else None
-    )  # before the long part: it may fail
+    # Before the long part, since it may fail.
+    real = real_features(cfg, env.device) if env.is_main and cfg.real_path else None
     work = from_first(env, lambda: open_folder(cfg, tasks, env))
     if env.is_main:
         print("\n".join(lines))
@@ -274,7 +270,8 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
     if not work:
         return
     pipe, proxy, lpips = load(cfg, env.device), load_proxy(env.device), load_lpips(env.device)
-    twins, machine = twins_of(tasks, cfg), f"{describe_machine(env.device)}, processes: {env.world_size}"
+    twins = twins_of(tasks, cfg)
+    machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
     few = replace(pipe, diffusion=make_diffusion(replace(cfg, num_sampling_steps=4)))
     for task in work[0][1]:  # warms up
         sample_latents(few, work[0][0], labels_of(work[0][0], cfg), task.cell.cache)
@@ -376,14 +373,11 @@ def summarize(
     rows = {}
     for task in tasks:
         cell, plan, own, twin = task.cell, plan_of(task.cell), measured[task.cell.name], measured[task.twin.name]
-        batches = [batch for batch in own.seconds if set(batch) <= set(seeds)]
+        batches = [batch for batch in own.seconds if not set(batch).isdisjoint(seeds)]
         both = [twin.seconds[batch] / own.seconds[batch] for batch in batches if batch in twin.seconds]
         rows[cell] = {
             "name": cell.name,
-            "method": cell.method,
-            "steps": cell.steps,
-            "guidance": cell.guidance,
-            "plan": cell.plan,
+            **asdict(cell),
             "full_steps": plan.full_steps,
             "cached_steps": plan.cached_steps,
             "macs": plan.macs,
@@ -436,28 +430,26 @@ def plus_minus(figures: dict[str, Any] | None, digits: int) -> str:
     return f"{figures['mean']:.{digits}f}{margin}"
 
 
-def by_class_table(rows: list[dict[str, Any]], metric: str) -> str:
-    """Means of a metric against the twin, a column for each class."""
+def by_class_table(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """A metric against the twin: a line for each class, a column for each row that has it."""
     title, digits = METRICS[metric]
-    lines = []
-    for row in rows:
-        if metric in row["twin"]:
-            by_class = row["twin"][metric]["by_class"].items()
-            lines.append({title: row["run"], **{name: plus_minus(own, digits) for name, own in by_class}})
-    return markdown(lines)
+    runs = {row["run"]: row["twin"][metric]["by_class"] for row in rows if metric in row["twin"]}
+    names = next(iter(runs.values()))
+    return markdown([{title: n} | {run: plus_minus(own[n], digits) for run, own in runs.items()} for n in names])
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
+def markdown(rows: Sequence[dict[str, str]]) -> str:
     """A table, also legible as it stands; columns that are empty in all rows are left out."""
     titles = [title for title in rows[0] if any(row[title] for row in rows)]
-    widths = {title: max(len(title), *(len(row[title] or "–") for row in rows)) for title in titles}
+    lines = [titles, *([row[title] or "–" for title in titles] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
 
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+    def padded(cells: Sequence[str]) -> list[str]:
+        return [cells[0].ljust(widths[0]), *(c.rjust(width) for c, width in zip(cells[1:], widths[1:], strict=True))]
 
-    ruler = [":" + "-" * (widths[titles[0]] - 1), *("-" * (widths[title] - 1) + ":" for title in titles[1:])]
-    body = [line([(row[title] or "–").ljust(widths[title]) for title in titles]) for row in rows]
-    return "\n".join([line([title.ljust(widths[title]) for title in titles]), line(ruler), *body])
+    head, *body = map(padded, lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *body))
 
 
 def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]]) -> str:
@@ -468,10 +460,10 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]])
     lines = [
         f"{len(seeds)} clips a row, seeds {seeds[0]} ... {seeds[-1]}, labels {cfg.labels}. train.py draws from hashed "
         "63-bit seeds: no training has seen this noise.",
-        "Figures are against the uncached clip of the same seed and settings; means over clips, ± half of the 95 % "
-        "interval (Student's t, clips taken as independent draws).",
+        "Figures are against the uncached clip of the same seed; means over clips, ± half of the 95 % interval "
+        "(Student's t, clips taken as independent draws).",
         "Proxy: Fréchet distance of 80 EfficientNet features, no FVD; comparable at one number of clips only. Other "
-        f"seeds: to the uncached clips of the other half of the seeds, so that uncached is the floor. {real}.",
+        f"seeds: to the uncached clips of the other half of the seeds; uncached shows how far equals are. {real}.",
         "Seconds: median over batches, sampling alone; speed-up: median over batches, each beside its twin. "
         f"{'; '.join(machines)}.",
     ]

@@ -51,6 +51,7 @@ COSTS = {"macs": "MACs a clip", "seconds": "seconds a clip, sampling alone"}
 OFFSETS = ((6, 5), (6, -12), (-6, -12), (-6, 5), (-6, -24), (-6, 17))  # of a label from its point, the best first
 
 Row = dict[str, Any]
+Series = tuple[str, int, float]  # solver, steps, guidance
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,7 @@ def main() -> None:
         keys = ("method", "steps", "guidance", "plan")
         table = markdown([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
         text = f"{table}\n\n{notes(cfg, tasks, rows)}\n"
+        text += f"- Reference: uncached {cfg.reference} with the row's guidance.\n" if cfg.reference else ""
         write_text(folder / "sweep.md", text)
         write_text(folder / "sweep.csv", to_csv(rows))
         write_record(folder / "sweep.json", cfg, rows, env)
@@ -137,12 +139,14 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def series(row: Row) -> tuple[str, int, float]:
+def series(row: Row) -> Series:
     return row["method"], row["steps"], row["guidance"]
 
 
 def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
     """Fidelity and, if there are real clips, the proxy distance against what they cost."""
+    names = list(dict.fromkeys(map(series, rows)))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     role = "reference" if cfg.reference else "twin"
     fidelity = [(row, row[role]["relative_l1"]["mean"]) for row in rows if row[role]]
     if cfg.reference:
@@ -150,13 +154,20 @@ def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
     else:
         label, comparable = "relative L1 of latents to the uncached run of each series", series
     if fidelity:
-        draw(folder / "pareto_fidelity.png", fidelity, label, comparable)
+        draw(folder / "pareto_fidelity.png", fidelity, label, comparable, colours)
     if cfg.real_path:
         label = f"proxy distance of {cfg.num_clips} clips to real clips (no FVD)"
-        draw(folder / "pareto_proxy.png", [(row, row["proxy_real"]) for row in rows], label, lambda row: None)
+        points = [(row, row["proxy_real"]) for row in rows]
+        draw(folder / "pareto_proxy.png", points, label, lambda row: None, colours)
 
 
-def draw(path: Path, points: Sequence[tuple[Row, float]], label: str, comparable: Callable[[Row], Any]) -> None:
+def draw(
+    path: Path,
+    points: Sequence[tuple[Row, float]],
+    label: str,
+    comparable: Callable[[Row], Any],
+    colours: dict[Series, str],
+) -> None:
     """(row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare."""
     import matplotlib
 
@@ -174,9 +185,9 @@ def draw(path: Path, points: Sequence[tuple[Row, float]], label: str, comparable
         for name in dict.fromkeys(series(row) for row, _ in points):
             own = sorted((row[key], y, row["plan"]) for row, y in points if series(row) == name)
             x, y, plans = zip(*own, strict=True)
-            (line,) = axes.plot(x, y, "o-", linewidth=1, markersize=5)
+            axes.plot(x, y, "o-", color=colours[name], linewidth=1, markersize=5)
             names = [*plans[:-1], f"{plans[-1]}: {name[0]} {name[1]}" + f", guidance {name[2]:g}" * several]
-            texts += [(*place, text, line.get_color()) for *place, text in zip(x, y, names, strict=True)]
+            texts += [(*place, text, colours[name]) for *place, text in zip(x, y, names, strict=True)]
         axes.set_xlabel(title)
         scale(axes, "x", [row[key] for row, _ in points])
         scale(axes, "y", [y for _, y in points])

@@ -101,7 +101,7 @@ def distance_to_others(features: Tensor, twins: Tensor) -> float:
     """Fréchet distance of features (N, D) to those of the twins (N, D) with other seeds.
 
     Every other clip against the twins of the rest, then the rest likewise, the mean of both. No clip meets its twin, so
-    that sets which share their noise with the twins compare with sets which do not; a set by itself gives the floor.
+    that sets which share their noise with the twins compare with sets which do not. Of the twins: how far equals are.
     """
     there, back = frechet_distance(features[::2], twins[1::2]), frechet_distance(features[1::2], twins[::2])
     return (there + back) / 2
