@@ -2,11 +2,11 @@
 
     python tools/benchmark.py                                            # Skip-DiT XL/2, one 16 x 256 x 256 clip
     python tools/benchmark.py --runs 5 --output benchmark.json
-    python tools/benchmark.py model=Latte-B/2-skip use_compile=True      # any option of a SampleConfig
+    python tools/benchmark.py model=Latte-B/2-skip use_compile=False     # any option of a SampleConfig; eager only
 
 The original's way: plain-maths attention, and the conditioning repeated to one row a sequence before each adaLN linear
-layer, in fp32. Weights are random: the time does not depend on them. All ways take turns, and the median counts. The
-share is that of the machine's own matrix-product rate in the same type, measured in the same run.
+layer, in fp32, eager. Weights are random: the time does not depend on them. All ways take turns, and the median counts.
+The share is that of the machine's own matrix-product rate in the same type, measured in the same run.
 Letters: B batch, F frames, G sequences of a sample, C channels, D width.
 """
 
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="clips in a step (default: 1)")
     parser.add_argument("--output", metavar="JSON", help="also write the figures here")
     args = parser.parse_args()
-    cfg = load_config(SampleConfig, args.config, ["model=Latte-skip", "num_classes=101", *args.overrides])
+    defaults = [] if args.config else ["model=Latte-skip", "num_classes=101", "use_compile=True"]
+    cfg = load_config(SampleConfig, args.config, [*defaults, *args.overrides])
     if args.dry_run:
         print(to_yaml(cfg))
         return
@@ -58,20 +59,21 @@ def benchmark(cfg: SampleConfig, runs: int, batch: int) -> dict:
     x = torch.randn(batch, cfg.num_frames, cfg.in_channels, latte.input_size, latte.input_size, device=device)
     t = torch.full((batch,), 500, device=device)
     y = None if latte.num_classes is None else torch.zeros(batch, dtype=torch.long, device=device)
-    full, cached = compile_steps() if cfg.use_compile else (full_step, cached_step)
+    forms = {"": (full_step, cached_step)} | ({", compiled": compile_steps()} if cfg.use_compile else {})
     depth = cfg.cache.depth
 
     ways = {"original, fp32": (torch.float32, lambda: as_original(latte, x, t, y))}
     for name, dtype in [("fp32", torch.float32)] + [("bf16", torch.bfloat16)] * has_bf16_units(device):
         model = latte if dtype == torch.float32 else get_models(cfg).to(device, dtype).eval()
         mode = fastest_attention(device, dtype)
-        ways[name] = (dtype, lambda model=model, mode=mode: with_attention(mode, full, model, depth, x, t, y)[0])
-        if latte.num_skips:
-            deep = full_step(model, depth, x, t, y)[1]
-            ways[f"{name}, cached"] = (
-                dtype,
-                lambda model=model, mode=mode, deep=deep: with_attention(mode, cached, model, depth, x, t, y, deep),
-            )
+        deep = full_step(model, depth, x, t, y)[1]
+        for form, (full, cached) in forms.items():
+            ways[name + form] = (dtype, partial(with_attention, mode, full, model, depth, x, t, y))
+            if latte.num_skips:
+                ways[f"{name}, cached{form}"] = (
+                    dtype,
+                    partial(with_attention, mode, cached, model, depth, x, t, y, deep),
+                )
 
     rates = {dtype: matmul_rate(device, dtype) for dtype in {dtype for dtype, _ in ways.values()}}  # MACs/s
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -89,7 +91,7 @@ def benchmark(cfg: SampleConfig, runs: int, batch: int) -> dict:
     macs = step_macs(cfg, cfg.cache.depth)
     machine = describe_machine(device)
     print(f"{cfg.model}, {batch} x {tuple(x.shape[1:])} latents, full step {readable(batch * macs.full)}; {machine}")
-    print(f"{'':16}{'seconds':>10}{'speed-up':>10}{'of matmul rate':>16}" + f"{'peak GB':>10}" * bool(peak))
+    print(f"{'':24}{'seconds':>10}{'speed-up':>10}{'of matmul rate':>16}" + f"{'peak GB':>10}" * bool(peak))
     report = {"machine": machine, "model": cfg.model, "batch": batch, "ways": {}}
     for name, (dtype, _) in ways.items():
         median = statistics.median(seconds[name])
@@ -104,7 +106,7 @@ def benchmark(cfg: SampleConfig, runs: int, batch: int) -> dict:
         }
         report["ways"][name] = figures
         memory = f"{peak[name] / 1e9:>10.2f}" if peak else ""
-        print(f"{name:16}{median:>10.3f}{figures['speedup']:>9.2f}x{figures['share_of_matmul_rate']:>15.0%} {memory}")
+        print(f"{name:24}{median:>10.3f}{figures['speedup']:>9.2f}x{figures['share_of_matmul_rate']:>15.0%} {memory}")
     for dtype, rate in rates.items():
         print(f"matmul rate in {str(dtype).removeprefix('torch.')}: {2 * rate / 1e9:,.0f} GFLOP/s")
     return report
