@@ -8,8 +8,8 @@
 Files like UCF101's: 320 x 240, 200 frames, .avi (Xvid) and .mp4 (H.264), a keyframe every 12 frames or every 250.
 Every way reads the same clips through training's loader, in this process unless num_workers=N: `whole files` decodes
 all frames of a file as torchvision's read_video did, and picks; `pyav` and `decord` are the values of video_reader;
-with `uint8` pixels are not yet made floats; `latents` reads latents_path. All ways take turns, an epoch each, and the
-median counts.
+with `uint8` pixels are not yet made floats; `latents` reads latents_path, and `+ VAE` encodes the pixels instead. All
+ways take turns, an epoch each, and the median counts.
 """
 
 import copy
@@ -30,10 +30,11 @@ import torch
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import ROOT, TrainConfig, load_config, to_yaml
+from configs import ROOT, TrainConfig, load_config, require_path, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
 from datasets.clips import Choose, find_videos
 from datasets.transforms import square
+from models.autoencoder import LatentCodec
 from tools.common import cli
 from tools.common.records import describe_machine, write_json
 
@@ -93,6 +94,7 @@ def make_videos(folder: Path, suffix: str, keyframe_interval: int, number: int) 
 
 def benchmark(cfg: TrainConfig, epochs: int) -> dict[str, dict]:
     """Clips per second of every way to read the data of `cfg`, and how often that is the first way's."""
+    cfg = replace(cfg, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))  # clips alone
     pixels = replace(cfg, latents_path=None)
     ways = {"pixels": get_dataset(pixels)}
     if SOURCES[cfg.dataset].files == "video":
@@ -100,14 +102,16 @@ def benchmark(cfg: TrainConfig, epochs: int) -> dict[str, dict]:
         whole = copy.copy(ways["pyav"])
         whole.read = read_whole
         assert torch.equal(whole[0]["video"], ways["pyav"][0]["video"])
-        as_bytes = get_dataset(pixels, prepare=square)
-        ways = {"whole files": whole} | ways | {"pyav, uint8": as_bytes}
+        ways = {"whole files": whole} | ways | {"pyav, uint8": get_dataset(pixels, prepare=square)}
+    codec = None
     if cfg.latents_path:
-        ways["latents"] = get_dataset(cfg)
+        vae = require_path(cfg, "pretrained_model_path") / cfg.vae
+        codec = LatentCodec.from_pretrained(vae, "cuda" if torch.cuda.is_available() else "cpu")
+        ways |= {"pixels + VAE": get_dataset(pixels), "latents": get_dataset(cfg)}
     rates = {name: [] for name in ways}
     for epoch in range(epochs + 1):
         for name, dataset in ways.items():
-            rate = clips_per_second(dataset, cfg, epoch)
+            rate = clips_per_second(dataset, cfg, epoch, codec if name.endswith("VAE") else None)
             if epoch:  # the first one fills the file cache
                 rates[name].append(rate)
     first = next(iter(ways))
@@ -123,16 +127,17 @@ def benchmark(cfg: TrainConfig, epochs: int) -> dict[str, dict]:
     return report
 
 
-def clips_per_second(dataset: Dataset, cfg: TrainConfig, epoch: int) -> float:
-    """Of one epoch through training's loader."""
+def clips_per_second(dataset: Dataset, cfg: TrainConfig, epoch: int, codec: LatentCodec | None) -> float:
+    """Of one epoch through training's loader, and through `codec`."""
     batch_size = min(cfg.local_batch_size, len(dataset))
     sampler = ClipSampler(len(dataset), batch_size, start=epoch * len(dataset))
     batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction)
     number = len(dataset) // batch_size
     next(batches)  # workers start
     start = time.perf_counter()
-    for _ in islice(batches, number):
-        pass
+    for batch in islice(batches, number):
+        if codec:
+            codec.moments(batch["video"].to(codec.vae.device))[0].cpu()  # cpu: wait for the GPU
     return number * batch_size / (time.perf_counter() - start)
 
 
