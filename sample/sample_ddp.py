@@ -13,14 +13,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch.distributed as dist
 from tqdm import tqdm
 
 from configs import SampleConfig, UserError, choice
@@ -39,8 +38,6 @@ INCIDENTAL = {  # options that change no clip
     "dataset", "data_path", "sample_names", "samples_per_class",
 }  # fmt: skip
 
-T = TypeVar("T")
-
 
 def main() -> None:
     args = parse(make_parser(__doc__))
@@ -58,7 +55,7 @@ def main() -> None:
                 dry_run(cfg, lines)
             return
 
-        missing = from_first(env, lambda: open_folder(folder, cfg, plan, env))
+        missing = env.from_first(lambda: open_folder(folder, cfg, plan, env))
         if env.is_main:
             there = f"of which {len(seeds) - len(missing)} are there; processes: {env.world_size}"
             print("\n".join([*lines, there]), flush=True)
@@ -137,21 +134,6 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
     cache = {f"cache.{key}": value for key, value in config.pop("cache").items()}
     return {**config, **cache, "device": record["device"], "checkpoint": record["checkpoint"]["sha256"][:12]}
-
-
-def from_first(env: Environment, function: Callable[[], T]) -> T:
-    """What `function` returns on the first process, on every process; a `UserError` there is one everywhere."""
-    result: list[Any] = [None]
-    if env.is_main:
-        try:
-            result = [function()]
-        except UserError as error:
-            result = [error]
-    if env.world_size > 1:
-        dist.broadcast_object_list(result, device=env.device)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
 
 
 if __name__ == "__main__":

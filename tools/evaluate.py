@@ -53,7 +53,7 @@ from datasets.clips import BadClip, Choose, find_frame_folders, find_videos, rea
 from models.checkpoint import atomic_path
 from sample.options import describe, make_plan, make_record
 from sample.pipeline import generate, load, resolve
-from sample.sample_ddp import from_first, labels_of, video_path
+from sample.sample_ddp import labels_of, video_path
 from tools.common import cli
 from tools.common.detectors import DETECTORS, OUTPUTS, Found, find_detector, load_output
 from tools.common.distributed import Environment, distributed
@@ -294,11 +294,11 @@ def real_features(
     """Features of the real set, on the first process at least; kept in `feature_path` for the next run."""
     files: dict[str, Path] = {}
     if cfg.feature_path:
-        facts = [from_first(env, source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
+        facts = [env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
         for name in networks:
             key = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
             files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    if files and from_first(env, lambda: all(file.exists() for file in files.values())):
+    if files and env.from_first(lambda: all(file.exists() for file in files.values())):
         if not env.is_main:
             return Features({}, {})
         with safe_open(next(iter(files.values())), "pt") as file:
@@ -408,8 +408,8 @@ def evaluate(cfg: EvaluateConfig, real: Files | None, fake: Files | Samples, env
     metrics = cfg.metrics.split(",")
     outputs = dict.fromkeys(METRICS[metric] for metric in metrics)
     folder = Path(cfg.detector_path)
-    found = from_first(
-        env, lambda: {name: find_detector(name, getattr(cfg, name, None), folder) for name in detectors_of(cfg)}
+    found = env.from_first(
+        lambda: {name: find_detector(name, getattr(cfg, name, None), folder) for name in detectors_of(cfg)}
     )
     networks = {name: load_output(name, found[OUTPUTS[name].detector], env.device) for name in outputs}
     two_sided = {METRICS[metric]: networks[METRICS[metric]] for metric in metrics if metric not in ONE_SIDED}

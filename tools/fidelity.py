@@ -57,7 +57,7 @@ from sample import sample_ddp
 from sample.options import Plan, describe, dry_run, make_plan, make_record, parse, plan_line, plan_name
 from sample.pipeline import load, make_diffusion, resolve, sample_latents
 from sample.sample import timed
-from sample.sample_ddp import from_first, labels_of
+from sample.sample_ddp import labels_of
 from tools.common import cli
 from tools.common.distributed import Environment, distributed
 from tools.common.features import load_proxy
@@ -198,7 +198,7 @@ def run(
         return None
     # Before the long part, since it may fail.
     real = real_features(cfg, env.device) if env.is_main and cfg.real_path else None
-    work = from_first(env, lambda: open_folder(cfg, tasks, env))
+    work = env.from_first(lambda: open_folder(cfg, tasks, env))
     if env.is_main:
         print("\n".join(lines))
         print(f"batches to sample: {sum(len(todo) for _, todo in work)}, processes: {env.world_size}", flush=True)

@@ -1,15 +1,18 @@
 """One process alone, or one of many under torchrun: `with distributed() as env: ...`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from configs import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class Environment:
         """Waits for every process."""
         if self.world_size > 1:
             dist.barrier()
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the first process, on every process; a `UserError` there is one everywhere."""
+        result: list[Any] = [None]
+        if self.is_main:
+            try:
+                result = [function()]
+            except UserError as error:
+                result = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, device=self.device)
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
 
 
 @contextmanager
