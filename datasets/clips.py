@@ -183,7 +183,8 @@ def _read_pyav(container: av.container.InputContainer, packets: list[Packet], in
             start = first[0]
         times = [getattr(packet, clock) for packet in packets] + [None]  # None: of the empty packet that ends the file
         wanted = [times[i] for i in last]
-        needed = {times[i] for begin, end in zip(first, last, strict=True) for i in (start, *range(begin, end + 1))}
+        runs = dict(sorted(zip(first, last, strict=True)))  # keyframe -> the last packet needed from there on
+        needed = {times[start]} | {times[i] for begin, end in runs.items() for i in range(begin, end + 1)}
         at = packets[start].pts if packets[start].dts is None else packets[start].dts
         container.seek(at, stream=container.streams.video[0])
         frames = _decode(container, clock, wanted, needed)
@@ -202,7 +203,7 @@ def _decode(
 
     Both are told by their `clock`: pts | dts.
     """
-    images, waiting = {}, set(wanted)
+    images, waiting, chosen = {}, set(wanted), set(wanted)
     stream = container.streams.video[0]
     codec = stream.codec_context
     codec.thread_count = 1  # the loader's workers are the parallelism
@@ -220,7 +221,7 @@ def _decode(
                 frames += held
         for frame in frames:
             time = getattr(frame, clock)
-            if time in wanted:
+            if time in chosen:
                 images[time] = _pixels(frame)
         if not waiting:
             break
