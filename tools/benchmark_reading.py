@@ -1,6 +1,7 @@
 """Time a pass over video files, clip by clip as training reads them, against decoding whole files.
 
     python tools/benchmark_reading.py                                  # files like UCF101's, made in a temporary folder
+    python tools/benchmark_reading.py --reader-only                    # without the resizing that all ways share
     python tools/benchmark_reading.py frame_interval=1 image_size=128 --output reading.json
     python tools/benchmark_reading.py --config configs/ucf101/ucf101_train.yaml data_path=/data/UCF101/videos
     python tools/benchmark_reading.py --config configs/demo/demo_train.yaml    # encoded latents beside their pixels
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import ROOT, TrainConfig, load_config, require_path, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
 from datasets.clips import Choose, find_videos
-from datasets.transforms import square
+from datasets.transforms import fit, square
 from models.autoencoder import LatentCodec
 from tools.common import cli
 from tools.common.records import describe_machine, write_json
@@ -50,6 +51,7 @@ def main() -> None:
     parser = cli.Parser(__doc__, TrainConfig)
     parser.add_argument("--files", type=int, default=24, help="files of a kind that are made (default: 24)")
     parser.add_argument("--epochs", type=int, default=5, help="timed passes of each way (default: 5)")
+    parser.add_argument("--reader-only", action="store_true", help="leave out the resizing and what follows it")
     parser.add_argument("--output", metavar="JSON", help="also write the figures here")
     args = parser.parse_args()
     cfg = load_config(TrainConfig, args.config, ["num_workers=0", *args.overrides])
@@ -62,16 +64,15 @@ def main() -> None:
         f"{cfg.num_workers} workers; {report['machine']}"
     )
     if args.config:
-        report[str(cfg.data_path)] = benchmark(cfg, args.epochs)
+        report[str(cfg.data_path)] = benchmark(cfg, args.epochs, args.reader_only)
     else:
         with tempfile.TemporaryDirectory() as folder:
             for suffix, interval in itertools.product(ENCODERS, KEYFRAME_INTERVALS):
                 kind = f".{suffix}, a keyframe every {interval}"
                 print(kind)
                 root = make_videos(Path(folder, f"{suffix}{interval}"), suffix, interval, args.files)
-                report[kind] = benchmark(
-                    replace(cfg, dataset="ffs", num_classes=None, data_path=str(root)), args.epochs
-                )
+                made = replace(cfg, dataset="ffs", num_classes=None, data_path=str(root))
+                report[kind] = benchmark(made, args.epochs, args.reader_only)
     if args.output:
         write_json(args.output, report)
 
@@ -92,17 +93,20 @@ def make_videos(folder: Path, suffix: str, keyframe_interval: int, number: int) 
     return folder
 
 
-def benchmark(cfg: TrainConfig, epochs: int) -> dict[str, dict]:
+def benchmark(cfg: TrainConfig, epochs: int, reader_only: bool) -> dict[str, dict]:
     """Clips per second of every way to read the data of `cfg`, and how often that is the first way's."""
     cfg = replace(cfg, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))  # clips alone
     pixels = replace(cfg, latents_path=None)
-    ways = {"pixels": get_dataset(pixels)}
+    prepare = corner if reader_only else fit
+    ways = {"pixels": get_dataset(pixels, prepare)}
     if SOURCES[cfg.dataset].files == "video":
-        ways = {reader: get_dataset(replace(pixels, video_reader=reader)) for reader in ("pyav", "decord")}
+        ways = {reader: get_dataset(replace(pixels, video_reader=reader), prepare) for reader in ("pyav", "decord")}
         whole = copy.copy(ways["pyav"])
         whole.read = read_whole
         assert torch.equal(whole[0]["video"], ways["pyav"][0]["video"])
-        ways = {"whole files": whole} | ways | {"pyav, uint8": get_dataset(pixels, prepare=square)}
+        ways = {"whole files": whole} | ways
+        if not reader_only:
+            ways["pyav, uint8"] = get_dataset(pixels, square)
     codec = None
     if cfg.latents_path:
         vae = require_path(cfg, "pretrained_model_path") / cfg.vae
@@ -147,6 +151,11 @@ def read_whole(path: Path, choose: Choose) -> torch.Tensor:
         container.streams.video[0].codec_context.thread_count = 1
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     return torch.from_numpy(frames[choose(len(frames))]).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
+
+
+def corner(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
+    """Next to nothing, in place of `fit`."""
+    return frames[..., :8, :8]
 
 
 if __name__ == "__main__":
