@@ -44,7 +44,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.image import InceptionScore, KernelInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
