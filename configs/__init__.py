@@ -118,7 +118,7 @@ class DataOptions:
     frame_interval: int = 3  # frames from one to the next of a clip
     use_image_num: int = 0  # stills per clip (joint image-video training)
     horizontal_flip: bool | None = None  # mirror half of the clips; None: as published for the data set
-    video_reader: str = "pyav"  # pyav | decord (slower; PyAV still reads the files in which it seeks wrongly)
+    video_reader: str = "pyav"  # pyav | decord (PyAV still reads the files in which it seeks wrongly)
     max_bad_fraction: float = 0.1  # stop when more of the files seen than this cannot be used
     latents_path: str | None = path_option()  # latents encoded before the training; None: encode while training
     num_workers: int = 8
