@@ -66,7 +66,7 @@ def benchmark(cfg: SampleConfig, runs: int, batch: int) -> dict:
     for name, dtype in [("fp32", torch.float32)] + [("bf16", torch.bfloat16)] * has_bf16_units(device):
         model = latte if dtype == torch.float32 else get_models(cfg).to(device, dtype).eval()
         mode = fastest_attention(device, dtype)
-        deep = full_step(model, depth, x, t, y)[1]
+        deep = full_step(model, depth, x, t, y)[1] if latte.num_skips else None
         for form, (full, cached) in forms.items():
             ways[name + form] = (dtype, partial(with_attention, mode, full, model, depth, x, t, y))
             if latte.num_skips:
