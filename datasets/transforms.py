@@ -9,8 +9,9 @@ def fit(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
     return F.to_dtype(square(frames, size, flip), torch.float32, scale=True).mul_(2).sub_(1)
 
 
-def square(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
+def square(frames: torch.Tensor, size: int, flip: bool, resize_filter: str = "bilinear") -> torch.Tensor:
     """Resize the short edge, crop the centre, flip: (..., 3, H, W) -> (..., 3, size, size), both uint8."""
-    frames = F.resize(frames, [size], F.InterpolationMode.BILINEAR, antialias=True)  # (..., 3, size, >= size) or turned
+    mode = F.InterpolationMode(resize_filter)
+    frames = F.resize(frames, [size], mode, antialias=True)  # (..., 3, size, >= size) or turned
     frames = F.center_crop(frames, [size, size])
     return F.horizontal_flip(frames) if flip else frames

@@ -186,7 +186,7 @@ def test_windows_depend_on_seed_and_name_alone():
 def test_bilinear_pixels_are_those_of_training(size):
     """As datasets.transforms.fit; the other filters differ, but not by much."""
     frames = torch.from_numpy(to_uint8(clip(0, 3))).movedim(-1, 1)[:, :, : size[0], : size[1]]
-    ours = {name: evaluate.square(frames, SIZE, name) for name in ("bilinear", "bicubic", "lanczos")}
+    ours = {name: evaluate.fit_square(frames, SIZE, name) for name in ("bilinear", "bicubic", "lanczos")}
     assert torch.allclose(ours["bilinear"] / 127.5 - 1, fit(frames, SIZE, flip=False), atol=1e-6)
     for pixels in ours.values():
         assert pixels.shape == (3, 3, SIZE, SIZE) and pixels.dtype == torch.uint8

@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 from configs import SampleConfig, UserError, choice, load_config, path_option, require_path, to_yaml
 from datasets.clips import BadClip, Choose, find_frame_folders, find_videos, read_frame_folder, read_video, summary
+from datasets.transforms import square
 from models.checkpoint import atomic_path
 from sample.options import describe, make_plan, make_record
 from sample.pipeline import generate, load, resolve
@@ -138,14 +139,13 @@ def place(name: str, seed: int) -> float:
     return random.Random(f"place of {name} by {seed}").random()
 
 
-def square(frames: Tensor, size: int, resize_filter: str) -> Tensor:
+def fit_square(frames: Tensor, size: int, resize_filter: str) -> Tensor:
     """Resize the short edge, crop the centre: (F, 3, H, W) uint8 -> (F, 3, S, S) uint8."""
     if resize_filter == "lanczos":  # Pillow's alone
         images = [F.resize(F.to_pil_image(frame), [size], F.InterpolationMode.LANCZOS) for frame in frames]
-        frames = torch.stack([F.pil_to_tensor(image) for image in images])
-    else:
-        frames = F.resize(frames, [size], F.InterpolationMode(resize_filter), antialias=True)
-    return F.center_crop(frames, [size, size]).contiguous()  # readers differ in layout, which changes last digits
+        frames, resize_filter = torch.stack([F.pil_to_tensor(image) for image in images]), "bilinear"  # nothing left
+    frames = square(frames, size, flip=False, resize_filter=resize_filter)
+    return frames.contiguous()  # readers differ in layout, which changes last digits
 
 
 def cut(read: Callable[[Choose], Tensor], stride: int, name: str, where: object, cfg: EvaluateConfig) -> Cut:
@@ -154,7 +154,7 @@ def cut(read: Callable[[Choose], Tensor], stride: int, name: str, where: object,
         frames = read(lambda total: window(total, cfg.num_frames, stride, name, cfg.seed))
     except BadClip as error:
         return type(error)(f"{where}: {error}")
-    return square(frames, cfg.image_size, cfg.resize_filter)
+    return fit_square(frames, cfg.image_size, cfg.resize_filter)
 
 
 class Files:

@@ -4,12 +4,14 @@ Ours are torch's flop counter divided by two: all matrix products and convolutio
 (The paper leaves the attention's out, and counts the conditioning once a frame and token.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs import ModelOptions
 from models import get_models
 from models.skip_cache import cached_step, full_step
 
@@ -24,8 +26,13 @@ class StepMacs:
 
 def step_macs(options: Any, depth: int = 1) -> StepMacs:
     """What a full step and a cached step with `depth` outer layers cost; `options` are those of get_models."""
+    return _count(tuple((field.name, getattr(options, field.name)) for field in fields(ModelOptions)), depth)
+
+
+@cache
+def _count(options: tuple[tuple[str, Any], ...], depth: int) -> StepMacs:
     with torch.device("meta"):
-        model = get_models(options)
+        model = get_models(ModelOptions(**dict(options)))
         x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
         t = torch.empty(1, dtype=torch.long)
         y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
