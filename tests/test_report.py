@@ -238,10 +238,38 @@ class Browser:
         self.call("Page.navigate", url=path.as_uri())
         self.evaluate(READY)
 
+    def before_each_page(self, script: str) -> None:
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+
+    def greys(self, script: str) -> np.ndarray:
+        """The mean grey of each canvas, (6,), or of N moments, (N, 6), from the sums of RGBA that a script returns."""
+        return (np.array(self.evaluate(script)) / 32 / 32 - 255) / 3
+
+    def shown_at(self, frame: int) -> np.ndarray:
+        """The mean grey of each canvas when the slider is moved to a frame, (6,)."""
+        seek = "const r = document.querySelector('.clips input'); r.value = %d; r.dispatchEvent(new Event('input'));"
+        return self.greys(seek % frame + "return greys()")
+
     def seen(self, method: str) -> list[dict]:
         return [event["params"] for event in self.events if event["method"] == method]
 
 
+LATE = """
+const frames = new WeakMap();  // of each video, the frame shown before and how often it was asked for since
+const Current = VideoFrame;
+window.late = 0;
+window.VideoFrame = function (video) {
+  const now = new Current(video);
+  const {before, asked} = frames.get(video) ?? {before: null, asked: 0};
+  if (before && before.timestamp !== now.timestamp && asked < 3) {
+    frames.set(video, {before, asked: asked + 1});
+    window.late += 1;
+    return before.clone();
+  }
+  frames.set(video, {before: now.clone(), asked: 0});
+  return now;
+};
+"""
 READY = """
 for (let i = 0; i < 600 && !document.querySelector(".controls"); i++) await new Promise((done) => setTimeout(done, 50));
 const pixels = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -272,11 +300,7 @@ def test_in_a_browser_every_clip_shows_the_same_frame(run, tmp_path, monkeypatch
     expected = np.stack([greys(path) for path in videos(run)])  # (6, F)
     browser.open(tmp_path / "page.html")
 
-    def shown(script: str) -> np.ndarray:
-        """The mean grey of each canvas, (6,), or of several moments, (N, 6)."""
-        return (np.array(browser.evaluate(script)) / 32 / 32 - 255) / 3  # sums of RGBA
-
-    moments = shown("""
+    moments = browser.greys("""
         const moments = [];
         for (let i = 0; i < 60; i++) { await new Promise(requestAnimationFrame); moments.push(greys()); }
         return moments;""")  # fmt: skip
@@ -284,15 +308,14 @@ def test_in_a_browser_every_clip_shows_the_same_frame(run, tmp_path, monkeypatch
     assert (frames == frames[:, :1]).all() and len(set(frames[:, 0])) > 1
     assert np.abs(moments - np.take_along_axis(expected, frames.T, 1).T).max() < 2
 
-    seek = "const r = document.querySelector('.clips input'); r.value = %d; r.dispatchEvent(new Event('input'));"
     for frame in (3, 0, 2):
-        assert np.abs(shown(seek % frame + "return greys()") - expected[:, frame]).max() < 2
+        assert np.abs(browser.shown_at(frame) - expected[:, frame]).max() < 2
     for key, frame in (("ArrowRight", 3), ("ArrowRight", 0), ("ArrowLeft", 3)):
-        assert np.abs(shown(f"press('{key}'); return greys()") - expected[:, frame]).max() < 2
+        assert np.abs(browser.greys(f"press('{key}'); return greys()") - expected[:, frame]).max() < 2
     assert browser.evaluate("return document.querySelector('output').value") == "4 / 4"
     difference = expected[:, 3].copy()
     difference[[1, 2, 4, 5]] = np.abs(difference[[1, 2, 4, 5]] - difference[[0, 0, 3, 3]])
-    assert np.abs(shown("press('d'); return greys()") - difference).max() < 2
+    assert np.abs(browser.greys("press('d'); return greys()") - difference).max() < 2
     style = "return document.querySelectorAll('canvas').values().map((c) => getComputedStyle(c).filter).toArray()"
     assert browser.evaluate(style) == ["none", "brightness(8)", "brightness(8)"] * 2
 
@@ -304,3 +327,14 @@ def test_in_a_browser_every_clip_shows_the_same_frame(run, tmp_path, monkeypatch
     assert not [log for log in browser.seen("Log.entryAdded") if log["entry"]["level"] == "error"]
     urls = {sent["request"]["url"].partition(":")[0] for sent in browser.seen("Network.requestWillBeSent")}
     assert urls <= {"file", "data"}
+
+
+def test_a_frame_that_a_browser_shows_late_is_waited_for(run, tmp_path, monkeypatch, browser):
+    """Three times after each seek the page is given the frame before, as Chromium may do on a busy machine."""
+    make(monkeypatch, run, f"output={tmp_path}/page.html")
+    expected = np.stack([greys(path) for path in videos(run)])  # (6, F)
+    browser.before_each_page(LATE)
+    browser.open(tmp_path / "page.html")
+    assert browser.evaluate("return late") == 3 * len(expected) * (FRAMES - 1)
+    for frame in range(FRAMES):
+        assert np.abs(browser.shown_at(frame) - expected[:, frame]).max() < 2
