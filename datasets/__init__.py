@@ -23,7 +23,7 @@ from datasets.joint import WithStills, read_frame_list
 from datasets.latents import check_latents, find_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
 from datasets.sampler import ClipSampler
-from datasets.transforms import fit
+from datasets.transforms import square
 
 __all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "get_dataset", "load_batches"]
 
@@ -48,11 +48,11 @@ SOURCES = {
 SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with use_image_num stills
 
 
-def get_dataset(args: Any, prepare: Prepare = fit) -> Dataset:
+def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
     """The training set that `args` describes: configs.DataOptions, num_frames, image_size, num_classes, global_seed.
 
-    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills. With `prepare` = transforms.square, pixels
-    stay uint8, a quarter of the bytes.
+    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills. Pixels are bytes, a quarter of the traffic
+    between processes and to the GPU; `LatentCodec` scales them.
 
     Raises:
         UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch.utils.data import Dataset
 
 from configs import UserError
-from datasets.transforms import fit
+from datasets.transforms import square
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -204,6 +205,7 @@ def _decode(
     Both are told by their `clock`: pts | dts.
     """
     images, waiting, chosen = {}, set(wanted), set(wanted)
+    reformatter = VideoReformatter()
     stream = container.streams.video[0]
     codec = stream.codec_context
     codec.thread_count = 1  # the loader's workers are the parallelism
@@ -222,7 +224,7 @@ def _decode(
         for frame in frames:
             time = getattr(frame, clock)
             if time in chosen:
-                images[time] = _pixels(frame)
+                images[time] = _pixels(frame, reformatter)
         if not waiting:
             break
     return [images[time] for time in wanted if time in images]
@@ -232,13 +234,13 @@ def _count(path: str, wanted: Sequence[int]) -> list[np.ndarray]:
     """Those of the frames `wanted` that decode, by their number from the start of the file."""
     with av.open(path) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        frames = islice(container.decode(video=0), wanted[-1] + 1)
-        return [_pixels(frame) for i, frame in enumerate(frames) if i in wanted]
+        frames, reformatter = islice(container.decode(video=0), wanted[-1] + 1), VideoReformatter()
+        return [_pixels(frame, reformatter) for i, frame in enumerate(frames) if i in wanted]
 
 
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3) uint8, upright."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def _pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """(H, W, 3) uint8, upright; the frames of a file share the tables that `reformatter` keeps."""
+    return np.rot90(reformatter.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
 
 
 def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:
@@ -299,7 +301,7 @@ def summary(skipped: Sequence[str], shown: int = 10) -> str:
 class ClipDataset(Dataset):
     """Clips as training items; `dataset[epoch, index]` (or `dataset[index]`, epoch 0) always gives the same item.
 
-    An item is dict(video (F, 3, S, S) float in [-1, 1], label int (0 without classes), name str: the file or folder,
+    An item is dict(video (F, 3, S, S) uint8, label int (0 without classes), name str: the file or folder,
     skipped list[str]: the unusable clips in whose place this one was drawn, each with its reason).
     """
 
@@ -313,7 +315,7 @@ class ClipDataset(Dataset):
         image_size: int,
         flip: bool,
         seed: int,
-        prepare: Prepare = fit,
+        prepare: Prepare = square,
     ):
         self.paths, self.labels, self.read, self.prepare = paths, labels, read, prepare
         self.num_frames, self.frame_interval, self.image_size = num_frames, frame_interval, image_size

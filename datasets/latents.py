@@ -40,7 +40,7 @@ def read_latents(path: Path, choose: Choose) -> torch.Tensor:
 
 
 def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
-    """(F, V, 2C, h, w) -> (F, 2C, h, w): the mirrored variant or the other; `transforms.fit` for latents."""
+    """(F, V, 2C, h, w) -> (F, 2C, h, w): the mirrored variant or the other; `transforms.square` for latents."""
     return moments[:, int(flip)]
 
 

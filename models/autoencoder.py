@@ -67,27 +67,32 @@ class LatentCodec:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def moments(self, videos: Tensor) -> tuple[Tensor, Tensor]:
-        """Videos (B, F, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, (B, F, C, h, w) each."""
+        """Videos (B, F, 3, H, W), uint8 or in [-1, 1] -> mean and std of their latents, (B, F, C, h, w) each."""
 
         def encode(frames: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, h, w)
-            posterior = self.vae.encode(frames).latent_dist
+            frames = frames / 127.5 - 1 if frames.dtype == torch.uint8 else frames
+            posterior = self.vae.encode(frames.to(self.vae.dtype)).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1) * self.scale
 
         mean, std = self._by_chunks(encode, videos).chunk(2, dim=2)
         return mean, std
 
     def encode(self, videos: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Videos (B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w): the mean, or a draw given its noise `eps`."""
+        """Videos as in `moments` -> latents (B, F, C, h, w): the mean, or a draw given its noise `eps`."""
         mean, std = self.moments(videos)
         return mean if eps is None else mean + std * eps
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, F, C, h, w) -> videos (B, F, 3, H, W) in [-1, 1]."""
-        return self._by_chunks(lambda z: self.vae.decode(z / self.scale).sample.clamp(-1, 1), latents)
+
+        def decode(z: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W)
+            return self.vae.decode(z.to(self.vae.dtype) / self.scale).sample.clamp(-1, 1)
+
+        return self._by_chunks(decode, latents)
 
     @torch.no_grad()  # not inference_mode: what comes out is input to training
     def _by_chunks(self, function: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
-        """`function` on the frames of (B, F, ...), `chunk_frames` at a time, in the VAE's dtype; returns fp32."""
+        """`function` on the frames of (B, F, ...), `chunk_frames` at a time; returns fp32."""
         frames = videos.flatten(0, 1)  # (B F, ...)
-        chunks = [function(chunk.to(self.vae.dtype)).float() for chunk in frames.split(self.chunk_frames)]
+        chunks = [function(chunk).float() for chunk in frames.split(self.chunk_frames)]
         return torch.cat(chunks).unflatten(0, videos.shape[:2])

@@ -87,6 +87,13 @@ def test_encode_is_mean_plus_std_times_the_noise_given(vae):
     torch.testing.assert_close(codec.encode(VIDEOS, eps), mean + std * eps)
 
 
+def test_bytes_are_scaled_to_the_range_of_the_vae(vae):
+    """0 ... 255 to -1 ... 1, chunk by chunk."""
+    pixels = torch.randint(256, VIDEOS.shape, dtype=torch.uint8)
+    codec = LatentCodec(vae, chunk_frames=4)
+    torch.testing.assert_close(codec.moments(pixels), codec.moments(pixels.double().div(255).mul(2).sub(1).float()))
+
+
 @pytest.mark.parametrize("chunk_frames", [1, 4, 100])
 def test_chunks_change_no_result_and_bound_what_the_vae_sees(vae, chunk_frames):
     """10 frames in chunks equal all at once, and no forward gets more than chunk_frames."""
@@ -183,7 +190,7 @@ def test_trainer_saves_a_vae_whose_latents_have_unit_std(clips, tmp_path):
     codec = LatentCodec.from_pretrained(tmp_path / "vae")
     frames, classes = load_frames(clips / "train", 32)
     assert sorted(set(classes)) == ["Box", "Cup"] and len(frames) == 48
-    mean, std = codec.moments(frames[None, :, :, :32, :32].float() / 127.5 - 1)
+    mean, std = codec.moments(frames[None, :, :, :32, :32])
     assert (mean + std * torch.randn(mean.shape)).std() == pytest.approx(1, abs=0.1)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["scaling_factor"] == pytest.approx(codec.scale, rel=1e-3)

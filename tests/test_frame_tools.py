@@ -87,8 +87,8 @@ def test_jpg_frames_differ_from_the_video_as_little_as_their_quality_says(videos
         frames = tmp_path / f"frames{quality}"
         convert(f"data_path={videos}", f"frame_data_path={frames}", "image_size=32", f"quality={quality}")
         one, other = dataset("video_folder", videos, num_classes=None), dataset("sky", frames, num_classes=None)
-        errors.append(max((one[i]["video"] - other[i]["video"]).abs().mean().item() for i in range(4)))
-    assert 0 < errors[0] < 0.03 and errors[1] > 2 * errors[0]
+        errors.append(max((one[i]["video"].float() - other[i]["video"]).abs().mean().item() for i in range(4)))
+    assert 0 < errors[0] < 4 and errors[1] > 2 * errors[0]
 
 
 FORMATS = {  # name -> how ffmpeg makes it: options before and behind the input
@@ -262,7 +262,7 @@ def test_converted_and_listed_stills_train_with_their_classes(videos, tmp_path):
     images = {np.asarray(Image.open(frames / line)).tobytes(): CLASSES.index(line.split("/")[0]) for line in lines}
     for index in range(4):
         item = joint[index]
-        pixels = ((item["video"][8:] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()  # (K, S, S, 3)
+        pixels = item["video"][8:].permute(0, 2, 3, 1).numpy()  # (K, S, S, 3)
         assert [images[still.tobytes()] for still in pixels] == item["image_labels"].tolist()
         assert torch.equal(item["video"][:8], clips[index]["video"]) and item["skipped"] == []
 

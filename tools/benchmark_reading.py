@@ -9,8 +9,8 @@
 Files like UCF101's: 320 x 240, 200 frames, .avi (Xvid) and .mp4 (H.264), a keyframe every 12 frames or every 250.
 Every way reads the same clips through training's loader, in this process unless num_workers=N: `whole files` decodes
 all frames of a file as torchvision's read_video did, and picks; `pyav` and `decord` are the values of video_reader;
-with `uint8` pixels are not yet made floats; `latents` reads latents_path, and `+ VAE` encodes the pixels instead. All
-ways take turns, an epoch each, and the median counts.
+`latents` reads latents_path, and `+ VAE` encodes the pixels instead. All ways take turns, an epoch each, and the median
+counts.
 """
 
 import copy
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import ROOT, TrainConfig, load_config, require_path, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
 from datasets.clips import Choose, find_videos
-from datasets.transforms import fit, square
+from datasets.transforms import square
 from models.autoencoder import LatentCodec
 from tools.common import cli
 from tools.common.records import describe_machine, write_json
@@ -60,7 +60,7 @@ def main() -> None:
         return
     report = {"machine": describe_machine(torch.device("cpu"))}
     print(
-        f"clips of {cfg.num_frames} frames, every {cfg.frame_interval}th, at {cfg.image_size} x {cfg.image_size}, "
+        f"clips of {cfg.num_frames} frames, {cfg.frame_interval} apart, at {cfg.image_size} x {cfg.image_size}, "
         f"{cfg.num_workers} workers; {report['machine']}"
     )
     if args.config:
@@ -97,7 +97,7 @@ def benchmark(cfg: TrainConfig, epochs: int, reader_only: bool) -> dict[str, dic
     """Clips per second of every way to read the data of `cfg`, and how often that is the first way's."""
     cfg = replace(cfg, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))  # clips alone
     pixels = replace(cfg, latents_path=None)
-    prepare = corner if reader_only else fit
+    prepare = corner if reader_only else square
     ways = {"pixels": get_dataset(pixels, prepare)}
     if SOURCES[cfg.dataset].files == "video":
         ways = {reader: get_dataset(replace(pixels, video_reader=reader), prepare) for reader in ("pyav", "decord")}
@@ -105,8 +105,6 @@ def benchmark(cfg: TrainConfig, epochs: int, reader_only: bool) -> dict[str, dic
         whole.read = read_whole
         assert torch.equal(whole[0]["video"], ways["pyav"][0]["video"])
         ways = {"whole files": whole} | ways
-        if not reader_only:
-            ways["pyav, uint8"] = get_dataset(pixels, square)
     codec = None
     if cfg.latents_path:
         vae = require_path(cfg, "pretrained_model_path") / cfg.vae
@@ -154,7 +152,7 @@ def read_whole(path: Path, choose: Choose) -> torch.Tensor:
 
 
 def corner(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
-    """Next to nothing, in place of `fit`."""
+    """Next to nothing, in place of `square`."""
     return frames[..., :8, :8]
 
 

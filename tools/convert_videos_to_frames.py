@@ -28,9 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import UserError, choice, load_config, path_option, require_path, to_yaml
 from datasets.clips import find_videos, summary
-from datasets.transforms import fit
+from datasets.transforms import square
 from tools.common import cli
-from tools.common.media import to_uint8
 from tools.common.records import write_json
 
 
@@ -106,7 +105,8 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
                 while written * cfg.stride <= tick:  # more than once where the video is slower than fps
                     pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()  # (H, W, 3)
                     if cfg.image_size:
-                        pixels = to_uint8(fit(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False))
+                        pixels = square(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False)
+                        pixels = pixels.permute(1, 2, 0).numpy()
                     Image.fromarray(pixels).save(unfinished / f"{written:06d}.{cfg.frame_format}", quality=cfg.quality)
                     written += 1
         if not written:

@@ -21,7 +21,7 @@ from configs import TrainConfig, UserError, load_config, require_path, to_yaml
 from datasets import get_dataset
 from datasets.clips import BadClip
 from datasets.latents import RECORD, SUFFIX
-from datasets.transforms import fit
+from datasets.transforms import square
 from models.autoencoder import LatentCodec
 from models.checkpoint import atomic_path
 from tools.common import cli
@@ -63,7 +63,7 @@ def encode(cfg: TrainConfig, rank: int, world_size: int, device: torch.device) -
             tqdm.write(f"skipped {path}: {error}")
             skipped += 1
             continue
-        variants = [fit(frames, cfg.image_size, flip) for flip in ([False, True] if clips.flip else [False])]
+        variants = [square(frames, cfg.image_size, flip) for flip in ([False, True] if clips.flip else [False])]
         mean, std = codec.moments(torch.stack(variants, dim=1).to(device))  # (N, V, 3, S, S) -> (N, V, C, h, w)
         with atomic_path(file) as temporary:
             save_file({"moments": torch.cat([mean, std], dim=2).half().cpu()}, temporary)

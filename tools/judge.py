@@ -37,7 +37,7 @@ from tqdm import trange
 from configs import TrainConfig, UserError, load_config, path_option, require_path, to_yaml
 from datasets import get_dataset
 from datasets.clips import BadClip, class_folders, read_video
-from datasets.transforms import fit
+from datasets.transforms import square
 from models.autoencoder import LatentCodec
 from sample.sample_ddp import RECORD
 from tools.common import cli
@@ -115,7 +115,7 @@ def load_clips(paths: Sequence[Path], labels: Sequence[int], cfg: JudgeConfig, i
             raise UserError(f"{path}: {error}") from None
         if len(frames) < cfg.num_frames:
             raise UserError(f"{path}: {len(frames)} frames at interval {interval}, num_frames={cfg.num_frames} needed")
-        videos.append(fit(frames, cfg.image_size, flip=False))
+        videos.append(square(frames, cfg.image_size, flip=False) / 127.5 - 1)
     return Clips(videos, torch.tensor(labels), [str(path) for path in paths])
 
 
