@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import UserError
 from sample.pipeline import generate
-from tools import fidelity
+from tools import evaluate, fidelity
 from tools.common.distributed import Environment
 from tools.common.fidelity import aggregate, compare, distance_to_others, load_lpips, lpips_weights, mean_and_margin
 from tools.common.frechet import frechet_distance
@@ -152,7 +152,7 @@ def measured(tiny, real, tmp_path_factory) -> Path:
     """A finished run of PLANS with real clips."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        sampled = run(monkeypatch, tiny, folder, *PLANS, f"real_path={real}", "frame_interval=2")
+        sampled = run(monkeypatch, tiny, folder, *PLANS, f"real_path={real}", "real_stride=2")
     assert sampled == {"ddim-6-N1": 6, "ddim-6-N2": 6, "ddim-6-N4": 6, "ddim-5-N1": 6, "ddim-4-N1": 6}
     return folder
 
@@ -267,7 +267,7 @@ def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):
         (["--cache", "N2", "labels=even"], "valid: balanced, random"),
         (["--cache", "N2", "num_clip=9"], "did you mean num_clips?"),
         (["--cache", "N2", "real_path=nowhere"], "real_path: nothing at"),
-        (["--cache", "N2", "real_path=."], "real_path: 0 video files under"),
+        (["--cache", "N2", "real_path=."], "real_path: there are no video files and no folders of images under"),
     ],
 )
 def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
@@ -278,6 +278,18 @@ def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_real_clip_that_is_too_short_is_named(tiny, real, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"0\.mp4: 9 frames, 10 needed"):
-        run(monkeypatch, tiny, tmp_path, *PLANS, f"real_path={real}", "frame_interval=3")
+def test_real_clips_that_are_too_short_are_counted(tiny, real, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"3 videos are too short \(\S+\.mp4: 9 frames, 12 needed: num_frames x stride"):
+        run(monkeypatch, tiny, tmp_path, *PLANS, f"real_path={real}", "real_stride=3")
+
+
+def test_distance_to_real_clips_is_that_of_the_evaluation(tiny, real, measured, tmp_path, monkeypatch):
+    """But for the rounding of samples to bytes there."""
+    argv = ["metrics=proxy", f"real_path={real}", "real_stride=2", f"generate={tiny}", "num_fake=6", "image_size=32"]
+    argv += ["num_frames=4", "sample.seed=100", "bootstrap=0", "feature_path=null", f"output={tmp_path}/evaluate.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
+    evaluate.main()
+    expected = strict_json(tmp_path / "evaluate.json")["metrics"]["proxy"]["value"]
+    run(monkeypatch, tiny, measured, *PLANS, f"real_path={real}", "real_stride=2")  # all is sampled already
+    row = strict_json(measured / "fidelity.json")["rows"][0]
+    assert row["run"] == "uncached" and row["proxy_real"] == pytest.approx(expected, rel=0.02)

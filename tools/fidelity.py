@@ -47,11 +47,9 @@ from configs import (
     load_config,
     parse_cache,
     path_option,
-    require_path,
 )
 from datasets import class_names
-from datasets.clips import BadClip, find_videos, read_video
-from datasets.transforms import fit
+from datasets.clips import summary
 from models.checkpoint import atomic_path
 from sample import sample_ddp
 from sample.options import Plan, describe, dry_run, make_plan, make_record, parse, plan_line, plan_name
@@ -59,12 +57,14 @@ from sample.pipeline import load, make_diffusion, resolve, sample_latents
 from sample.sample import timed
 from sample.sample_ddp import labels_of
 from tools.common import cli
+from tools.common.detectors import find_detector, load_output
 from tools.common.distributed import Environment, distributed
 from tools.common.features import load_proxy
 from tools.common.fidelity import METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
 from tools.common.frechet import frechet_distance
 from tools.common.macs import readable
 from tools.common.records import describe_machine, write_json
+from tools.evaluate import EvaluateConfig, Files, extract
 
 UNCACHED = "uncached"
 FEWEST_CLIPS = 4  # two in each half
@@ -76,7 +76,7 @@ class MeasureConfig(SampleConfig):
 
     num_clips: int = 64  # seeds seed, seed + 1, ...
     real_path: str | None = path_option()  # video files; None: no distance to real clips
-    frame_interval: int = 1  # of the real clips, as in training
+    real_stride: int = 1  # frames from one to the next of a real clip, as in training
     output: str = path_option("results/fidelity")
 
 
@@ -197,7 +197,7 @@ def run(
             dry_run(cfg, lines)
         return None
     # Before the long part, since it may fail.
-    real = real_features(cfg, env.device) if env.is_main and cfg.real_path else None
+    real = real_features(cfg, env) if cfg.real_path else None
     work = env.from_first(lambda: open_folder(cfg, tasks, env))
     if env.is_main:
         print("\n".join(lines))
@@ -335,29 +335,22 @@ def read_lines(folder: Path) -> dict[str, Measured]:
     return measured
 
 
-def real_features(cfg: MeasureConfig, device: torch.device) -> Tensor:
-    """Proxy features (N, D) of the middle of each real clip.
+def real_features(cfg: MeasureConfig, env: Environment) -> Tensor:
+    """Proxy features (N, D) of the clips that tools/evaluate.py takes from `real_path`, shared out to the processes.
 
     Raises:
-        UserError: too few videos, or one that is too short or does not decode.
+        UserError: fewer than two of the videos can be used, or too many are broken.
     """
-    span = (cfg.num_frames - 1) * cfg.frame_interval + 1
-
-    def middle(total: int) -> range:
-        if total < span:
-            raise BadClip(f"{total} frames, {span} needed")
-        return range((total - span) // 2, (total + span) // 2, cfg.frame_interval)
-
-    root, proxy, features = require_path(cfg, "real_path"), load_proxy(device), []
-    for path in find_videos(root):
-        try:
-            clip = fit(read_video(path, middle), cfg.image_size, flip=False)  # (F, 3, H, W)
-        except BadClip as error:
-            raise UserError(f"real_path: {path}: {error}") from None
-        features.append(proxy(clip[None]).cpu())
-    if len(features) < 2:
-        raise UserError(f"real_path: {len(features)} video files under {root}, 2 or more needed")
-    return torch.cat(features)
+    shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
+    options = EvaluateConfig(**shared)
+    source = Files(options, "real_path", sys.maxsize, cfg.real_stride)
+    network = load_output("proxy", find_detector("proxy", None, Path()), env.device)
+    features, report = extract(source, {"proxy": network}, options, env)
+    if env.is_main:
+        dropped = f", {report['too_short']} too short" if report["too_short"] else ""
+        dropped += f", broken: {summary(report['broken'])}" if report["broken"] else ""
+        print(f"real: {report['clips']} of {len(source)} videos in {source.root}, stride {source.stride}{dropped}")
+    return features["proxy"].flatten(0, 1)
 
 
 def summarize(
