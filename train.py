@@ -43,6 +43,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.latte import Latte, fastest_attention, init_skips_as_identity
 from sample.pipeline import Pipeline, generate, make_diffusion, resolve
 from tools.common import cli, runs
+from tools.common.distributed import local_device
 from tools.common.media import save_grid
 
 COUNTS = (  # options that are at least 1
@@ -90,7 +91,7 @@ def check_options(cfg: TrainConfig) -> None:
 
 def train(cfg: TrainConfig) -> None:
     """One run, from its first or its last saved step to `max_train_steps`."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = local_device().type == "cuda"
     if cfg.mixed_precision == "fp16" and not on_gpu:
         raise UserError("mixed_precision: fp16 runs in software on a CPU, slower than fp32 by far; use bf16 or no")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the ranks wait while rank 0 saves and previews

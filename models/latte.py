@@ -126,7 +126,7 @@ class Latte(nn.Module, StrictHubMixin):
         for i in layers:
             x = self.merge(i, x, skips)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.layer, i, x, c, use_reentrant=False)
+                x = checkpoint(self.layer, i, x, c, use_reentrant=False, preserve_rng_state=False)  # none is drawn
             else:
                 x = self.layer(i, x, c)
             if i < self.num_skips:

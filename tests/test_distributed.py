@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
-from tools.common.distributed import distributed
+from configs import UserError
+from tools.common.distributed import distributed, local_device
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = f"""
@@ -62,3 +64,11 @@ def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
 def test_a_user_error_of_every_process_is_said_once(tmp_path):
     result = launch(tmp_path, "cli.PATIENCE = 60; raise UserError('no such file')")
     assert result.returncode == 1 and result.stderr.count("error: no such file") == 1, result.stderr
+
+
+def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 has no GPU: start at most 2 on this node"):
+        local_device()

@@ -115,11 +115,13 @@ def test_every_format_becomes_the_frames_that_the_video_reader_finds(tmp_path, n
     assert sorted(path.name for path in folder.iterdir()) == [f"{i:06d}.png" for i in range(len(expected))]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif"])
-def test_fps_and_stride_choose_frames_by_their_time(tmp_path, suffix):
-    """At 12 fps; the times in .mkv are rounded to 0.001 s and those in .gif to 0.01 s."""
-    copy = ("-c", "copy") if suffix == ".mkv" else ()
-    video = ffmpeg(DEMO / "Globe" / "v_Globe_g01_c01.mp4", tmp_path / "in" / f"clip{suffix}", *copy)
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [(".mp4", ()), (".mkv", ("-c", "copy")), (".gif", ()), (".avi", ("-c:v", "libx264", "-bf", "3"))],
+)
+def test_fps_and_stride_choose_frames_by_their_time(tmp_path, suffix, options):
+    """At 12 fps; the times in .mkv are rounded to 0.001 s, those in .gif to 0.01 s, those in .avi are out of order."""
+    video = ffmpeg(DEMO / "Globe" / "v_Globe_g01_c01.mp4", tmp_path / "in" / f"clip{suffix}", *options)
     every = read_video(video, range)
     chosen = {
         "stride=5": [0, 5, 10, 15, 20],

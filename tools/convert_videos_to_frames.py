@@ -98,10 +98,14 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
     try:
         unfinished.mkdir(parents=True)
         with av.open(str(video)) as container:
-            container.streams.video[0].codec_context.thread_count = 1  # the processes are the parallelism
-            for i, frame in enumerate(container.decode(video=0)):
-                start = frame.time if start is None else start
-                tick = int((frame.time - start + 0.006) * cfg.fps) if cfg.fps else i  # .gif rounds times to 0.01 s
+            stream = container.streams.video[0]
+            codec = stream.codec_context
+            codec.thread_count = 1  # the processes are the parallelism
+            even = codec.has_b_frames and container.format.name == "avi"  # whose times are those of decoding
+            for i, frame in enumerate(container.decode(stream)):
+                now = i / float(stream.average_rate) if even else frame.time
+                start = now if start is None else start
+                tick = int((now - start + 0.006) * cfg.fps) if cfg.fps else i  # .gif rounds times to 0.01 s
                 while written * cfg.stride <= tick:  # more than once where the video is slower than fps
                     pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()  # (H, W, 3)
                     if cfg.image_size:

@@ -47,6 +47,22 @@ class Environment:
         return result[0]
 
 
+def local_device() -> torch.device:
+    """The GPU of this process, which becomes the current one; the CPU on a machine without GPUs.
+
+    Raises:
+        UserError: more processes on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank} has no GPU: start at most {torch.cuda.device_count()} on this node")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environment]:
     """Joins the process group that torchrun started (nccl on CUDA, gloo on a CPU), or stands alone without one.
@@ -56,17 +72,8 @@ def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environm
 
     Args:
         timeout: how long a process waits for another before it gives up.
-
-    Raises:
-        UserError: more processes on this node than GPUs.
     """
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} has no GPU: start at most {torch.cuda.device_count()} on this node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), local_device()
     if world_size > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
