@@ -65,6 +65,7 @@ class CacheOptions:
     start: int = 900  # steps with t >= start are full (t: original timestep, 0 ... 999)
     stop: int = 50  # after a step with t < stop the cache is emptied
     depth: int = 1  # b: outer layers at each end that run on every step
+    order: int = 0  # of the polynomial that forecasts the deep feature; 0: the last one as it is, as in the paper
 
 
 @dataclass(kw_only=True)
@@ -219,19 +220,17 @@ def require_path(config: Any, key: str) -> Path:
     return Path(value)
 
 
+CACHE_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"
+
+
 def parse_cache(text: str) -> CacheOptions:
-    """`N2`, `N2-900-50` or `N2-900-50-b1` -> CacheOptions (interval, start, stop, depth)."""
-    match = re.fullmatch(r"N(\d+)(?:-(\d+)-(\d+))?(?:-b(\d+))?", text)
-    if not match:
-        raise UserError(f"--cache {text}: expected N<interval>[-<start>-<stop>][-b<depth>], as in N2-900-50 or N4-b2")
-    interval, start, stop, depth = (None if group is None else int(group) for group in match.groups())
-    defaults = CacheOptions()
-    return CacheOptions(
-        interval=interval,
-        start=defaults.start if start is None else start,
-        stop=defaults.stop if stop is None else stop,
-        depth=defaults.depth if depth is None else depth,
+    """`N2`, `N2-900-50`, `N2-900-50-b1` or `N2-900-50-b1-o1` -> CacheOptions; what is left out is the default."""
+    match = re.fullmatch(
+        r"N(?P<interval>\d+)(-(?P<start>\d+)-(?P<stop>\d+))?(-b(?P<depth>\d+))?(-o(?P<order>\d+))?", text
     )
+    if not match:
+        raise UserError(f"--cache {text}: expected {CACHE_FORM}, as in N2-900-50 or N4-o1")
+    return CacheOptions(**{key: int(value) for key, value in match.groupdict().items() if value is not None})
 
 
 def choice(key: str, value: str, valid: Sequence[str]) -> str:

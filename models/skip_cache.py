@@ -1,9 +1,13 @@
 """Skip-Cache: most steps run only the outer layers around the deep feature of an earlier step (arXiv:2411.17616).
 
 Mechanism and policy are apart: `SkipCache` runs a step in full or from the cache, and a plan, a list over the steps
-made before the run, says which. Letters: B batch, F frames, T tokens of a frame, D width, L layers.
+made before the run, says which. Beyond the paper, the deep feature can be forecast from those of several full steps,
+as TaylorSeer (arXiv:2503.06923) does inside every block; here it is one tensor of the whole model.
+Letters: B batch, F frames, T tokens of a frame, D width, L layers.
 """
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,6 +38,28 @@ def interval_plan(timesteps: Sequence[int], interval: int, start: int = 900, sto
     return plan
 
 
+def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
+    """How a cached step's deep feature is made of those of the full steps before it.
+
+    The polynomial in the number of the step through the last `order` + 1 full steps (fewer where the run had fewer),
+    continued to the cached step: Lagrange's weights. They sum to 1; order 0 is the paper's reuse.
+
+    Returns:
+        For each step the weights of the last full steps, newest first; none for a full step.
+    """
+    if not 0 <= order <= 3:
+        raise UserError(f"cache.order: {order} is outside 0 ... 3 (0: reuse, 1: linear forecast, 2: quadratic)")
+    weights: list[list[float]] = []
+    full: deque[int] = deque(maxlen=order + 1)  # numbers of the last full steps, newest first
+    for step, runs_in_full in enumerate(plan):
+        if runs_in_full:
+            full.appendleft(step)
+            weights.append([])
+        else:
+            weights.append([math.prod((step - j) / (i - j) for j in full if j != i) for i in full])
+    return weights
+
+
 def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """All layers. Returns the model's output and the feature (B, F, T, D) that enters the outer tail."""
     x, c = model.embed(x, t, y)
@@ -55,12 +81,13 @@ def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None
 class SkipCache:
     """A denoiser for one sampling run of `len(plan)` steps, called like the model.
 
-    Its state, the step number and the deep feature, ends with the run: make a new one for the next.
+    Its state, the step number and the deep features, ends with the run: make a new one for the next.
 
     Args:
         model: a Latte with at least `depth` skips.
         plan: for each step, whether it runs in full; the first must.
         depth: b, outer layers at each end that run on every step.
+        order: of the forecast, see `forecast_weights`; as many deep features more are kept.
         steps: `(full_step, cached_step)` or their compiled forms.
     """
 
@@ -69,21 +96,25 @@ class SkipCache:
         model: Latte,
         plan: Sequence[bool],
         depth: int = 1,
+        order: int = 0,
         steps: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]] = (full_step, cached_step),
     ):
         check_cache_depth(model.num_skips, depth)
         assert plan[0], "the first step has nothing to reuse"
         self.model, self.depth = model, depth
         self.full, self.cached = steps
-        self.plan = iter(plan)
-        self.deep: Tensor | None = None  # (B, F, T, D)
+        self.weights = iter(forecast_weights(plan, order))
+        self.deep: deque[Tensor] = deque(maxlen=order + 1)  # (B, F, T, D) each, newest first
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, 2C, H, W)."""
-        if next(self.plan):
-            out, self.deep = self.full(self.model, self.depth, x, t, y)
+        weights = next(self.weights)
+        if not weights:
+            out, deep = self.full(self.model, self.depth, x, t, y)
+            self.deep.appendleft(deep)
             return out
-        return self.cached(self.model, self.depth, x, t, y, self.deep)
+        deep = sum(weight * deep.float() for weight, deep in zip(weights, self.deep, strict=True))
+        return self.cached(self.model, self.depth, x, t, y, deep.to(self.deep[0].dtype))
 
 
 def check_cache_depth(num_skips: int, depth: int) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from configs import ROOT, CacheOptions, SampleConfig, UserError, load_config, parse_cache, require_path, to_yaml
+from configs import (
+    CACHE_FORM,
+    ROOT,
+    CacheOptions,
+    SampleConfig,
+    UserError,
+    load_config,
+    parse_cache,
+    require_path,
+    to_yaml,
+)
 from models import get_models
 from models.checkpoint import file_hash
 from sample.pipeline import make_diffusion, plan_steps, resolve
@@ -25,9 +35,7 @@ def make_parser(doc: str) -> Parser:
     parser = Parser(doc, SampleConfig, config=str(ROOT / "configs/demo/demo_sample.yaml"))
     for key in FLAGS:
         parser.add_argument(f"--{key}", help=f"the same as {key}=")
-    parser.add_argument(
-        "--cache", nargs="+", default=[], metavar="PLAN", help="N<interval>[-<start>-<stop>][-b<depth>], as N2-900-50"
-    )
+    parser.add_argument("--cache", nargs="+", default=[], metavar="PLAN", help=f"{CACHE_FORM}, as N2-900-50")
     parser.add_argument("--deepcache", metavar="N", help="the same as cache.interval=")
     return parser
 
@@ -91,12 +99,13 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions) -> Plan:
 
 
 def plan_name(cache: CacheOptions) -> str:
-    """N2, N2-800-100-b3: what --cache takes, without what is the default; or uncached."""
+    """N2, N2-800-100-b3, N4-o1: what --cache takes, without what is the default; or uncached."""
     if cache.interval == 1:
         return "uncached"
     default = CacheOptions()
     window = "" if (cache.start, cache.stop) == (default.start, default.stop) else f"-{cache.start}-{cache.stop}"
-    return f"N{cache.interval}{window}" + ("" if cache.depth == default.depth else f"-b{cache.depth}")
+    depth = "" if cache.depth == default.depth else f"-b{cache.depth}"
+    return f"N{cache.interval}{window}{depth}" + ("" if cache.order == default.order else f"-o{cache.order}")
 
 
 def describe(cfg: SampleConfig, plans: Sequence[Plan], device: torch.device) -> list[str]:

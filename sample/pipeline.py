@@ -22,7 +22,15 @@ from models import LATENT_DOWNSAMPLE, get_models, parse_name
 from models.autoencoder import LatentCodec
 from models.checkpoint import load_checkpoint
 from models.latte import Latte, fastest_attention
-from models.skip_cache import SkipCache, cached_step, check_cache_depth, compile_steps, full_step, interval_plan
+from models.skip_cache import (
+    SkipCache,
+    cached_step,
+    check_cache_depth,
+    compile_steps,
+    forecast_weights,
+    full_step,
+    interval_plan,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +77,7 @@ def sample_latents(
     y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
 
     plan = plan_steps(pipe.diffusion, cache)
-    denoiser = pipe.uncached if all(plan) else SkipCache(model, plan, cache.depth, pipe.steps)
+    denoiser = pipe.uncached if all(plan) else SkipCache(model, plan, cache.depth, cache.order, pipe.steps)
     denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
     for out in pipe.diffusion.sample_loop_progressive(
         denoiser,
@@ -150,7 +158,7 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
     if cache.interval > 1:
         check_cache_depth(model.num_skips, cache.depth)
-    plan_steps(make_diffusion(cfg), cache)  # raises where the two make no sense
+    forecast_weights(plan_steps(make_diffusion(cfg), cache), cache.order)  # raises where they make no sense
     precision = choose_precision(cfg, device)
     automatic = fastest_attention(device, DTYPES[precision])
     return replace(

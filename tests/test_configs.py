@@ -198,13 +198,15 @@ def test_path_that_was_not_filled_in_is_one_line_naming_the_key(value, message):
         ("N3-800-100", CacheOptions(interval=3, start=800, stop=100)),
         ("N4-900-50-b2", CacheOptions(interval=4, depth=2)),
         ("N4-b2", CacheOptions(interval=4, depth=2)),
+        ("N4-o1", CacheOptions(interval=4, order=1)),
+        ("N4-900-50-b2-o2", CacheOptions(interval=4, depth=2, order=2)),
     ],
 )
 def test_cache_on_the_command_line(text, cache):
     assert parse_cache(text) == cache
 
 
-@pytest.mark.parametrize("text", ["2", "N", "N2-900", "N2-b", "n2"])
+@pytest.mark.parametrize("text", ["2", "N", "N2-900", "N2-b", "N2-o", "N2-o1-b1", "n2"])
 def test_cache_that_makes_no_sense_shows_the_form(text):
     with pytest.raises(UserError, match="expected N<interval>"):
         parse_cache(text)

@@ -6,7 +6,7 @@ import torch
 from configs import SampleConfig, UserError, load_config
 from models import SIZES, get_models, parse_name
 from models.latte import Latte, fastest_attention
-from models.skip_cache import SkipCache, cached_step, full_step, interval_plan
+from models.skip_cache import SkipCache, cached_step, forecast_weights, full_step, interval_plan
 
 TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)
 
@@ -243,6 +243,37 @@ def test_two_caches_on_one_model_share_nothing_and_leave_nothing():
     first, _ = one(x, t, y), other(x * 2, t, y)
     torch.testing.assert_close([first, one(x + 1, t, y)], wanted)
     assert set(vars(model)) == before[1] and all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_forecast_is_exact_where_the_feature_is_a_polynomial_of_the_step(order):
+    """From the last order + 1 full steps, however they lie; from fewer, its degree is lower."""
+    plan = [True, True, True, True, False, True, False, False, True, False]
+    coefficients = torch.tensor([2.0, -1.0, 0.5, 0.1])[: order + 1].double()  # of 1, step, step^2 ...
+
+    def feature(step: int) -> torch.Tensor:
+        return (coefficients * step ** torch.arange(order + 1)).sum().float()[None]
+
+    numbers, seen = iter(range(len(plan))), {}
+
+    def full(model, depth, x, t, y):
+        return x, feature(next(numbers))
+
+    def cached(model, depth, x, t, y, deep):
+        seen[next(numbers)] = deep
+        return x
+
+    denoiser = SkipCache(tiny(), plan, order=order, steps=(full, cached))
+    for _ in plan:
+        denoiser(torch.zeros(1), torch.zeros(1))
+    assert list(seen) == [4, 6, 7, 9]
+    torch.testing.assert_close(seen, {step: feature(step) for step in seen}, rtol=1e-4, atol=1e-4)
+    assert forecast_weights([True, False, False], order) == [[], [1.0], [1.0]]
+
+
+def test_order_that_no_forecast_has_is_refused():
+    with pytest.raises(UserError, match=r"cache.order: 4 is outside 0 \.\.\. 3"):
+        SkipCache(tiny(), [True], order=4)
 
 
 @pytest.mark.parametrize(

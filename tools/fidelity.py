@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import (
+    CACHE_FORM,
     ROOT,
     CacheOptions,
     SampleConfig,
@@ -144,9 +145,7 @@ class Measured:
 
 def main() -> None:
     parser = cli.Parser(__doc__, FidelityConfig, config=str(ROOT / "configs/demo/demo_sample.yaml"))
-    parser.add_argument(
-        "--cache", nargs="+", default=[], metavar="PLAN", help="N<interval>[-<start>-<stop>][-b<depth>], as N2-900-50"
-    )
+    parser.add_argument("--cache", nargs="+", default=[], metavar="PLAN", help=f"{CACHE_FORM}, as N2-900-50")
     args = parse(parser)
     with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
         cfg = resolve(load_config(FidelityConfig, args.config, args.overrides), env.device)
