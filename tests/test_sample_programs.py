@@ -365,7 +365,7 @@ def test_a_script_through_torchrun(tmp_path):
 def test_demo_script(monkeypatch, capsys):
     """What `make demo` runs: uncached, N=2 and N=4 of the checkpoint that ships."""
     script = (ROOT / "sample/scripts/demo/demo.sh").read_text().splitlines()[-1]
-    assert '--config "$root/configs/demo/demo_sample.yaml" --compare --cache N2 N4 "$@"' in script
+    assert '--config "$root/configs/demo/demo_sample.yaml" --compare --cache N2 N4 N4-o2 "$@"' in script
     run(monkeypatch, sample, "--compare", "--cache", "N2", "N4", "--dry-run")
     text = capsys.readouterr().out
     for line in ("uncached, ddim 50", "N2, ddim 50", "N4, ddim 50", "7 clips"):

@@ -165,8 +165,9 @@ def compare_steps(
     Returns:
         outputs, updates: (L, S - 1), steps 1 ... S - 1 with the step before.
         ages: (K, S), the deep feature with that of 1 ... K steps before; nan where there was none.
-        reused: (S,), the deep feature with the one that the plan reuses; nan at full steps.
-        reused_cached: (S,), the same along the cached run; of a model with skips.
+        reused: (S,), the deep feature with that of the plan's last full step; nan at full steps.
+        reused_cached: (S,), along the cached run, with what stands in for it (a forecast, with cache.order); of a model
+            with skips.
     """
     model, size = pipe.model, pipe.cfg.per_proc_batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
