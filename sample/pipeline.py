@@ -71,6 +71,9 @@ def sample_latents(
     labels: one a seed; None for a model without classes.
     cache: the plan, None: that of pipe.cfg. Two plans with the same seeds give clips that pair.
     on_step: called after each step, for a progress bar.
+
+    Raises:
+        UserError: latents that are not finite.
     """
     cfg, model, cache = pipe.cfg, pipe.model, cache or pipe.cfg.cache
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
@@ -92,7 +95,15 @@ def sample_latents(
         latents = out["sample"]
         if on_step:
             on_step()
+    check_finite(latents, seeds, cfg.precision)
     return latents
+
+
+def check_finite(latents: Tensor, seeds: Sequence[int], precision: str) -> None:
+    """Raises UserError for latents with NaN or infinity, which files and figures would hide. Waits for the device."""
+    if not latents.isfinite().all():
+        hint = "are its weights sound?" if precision == "fp32" else "try precision=fp32"
+        raise UserError(f"the model's latents of seeds {list(seeds)} are not finite in {precision}; {hint}")
 
 
 def plan_steps(diffusion: Diffusion, cache: CacheOptions) -> list[bool]:

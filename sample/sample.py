@@ -33,6 +33,7 @@ from tools.common.media import save_contact_sheet, save_grid, save_video
 from tools.common.records import write_json
 from tools.common.runs import world_size
 
+RECORD = "sample.json"
 MOST_COMPARED = 8  # clips in compare.mp4 and compare.png
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     report = [summarize(run, runs[0]) for run in runs]
     write_all(Path(cfg.save_video_path), cfg, clips, runs)
     record = {**make_record(cfg, device), "clips": [asdict(clip) for clip in clips], "runs": report}
-    write_json(Path(cfg.save_video_path, "sample.json"), record)
+    write_json(Path(cfg.save_video_path, RECORD), record)
     if args.compare:
         print_table(report)
         print(f"seconds of all {len(clips)} clips, speed-up per batch (median), on {record['machine']}")

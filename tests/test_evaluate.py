@@ -171,6 +171,21 @@ def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
     assert len(memory["fake"]["checkpoint"]["sha256"]) == 64
 
 
+def test_a_figure_is_of_one_plan(run, data, tmp_path, capsys):
+    """Clips of sample_ddp.py count without those that sample.py put below; of sample.py, one plan has to be named."""
+    folder = tmp_path / "videos"
+    expected = run()["metrics"]
+    for plan in ("uncached", "N2"):
+        shutil.copytree(data / "real_flat", folder / plan)
+    (folder / "sample.json").touch()
+    with pytest.raises(UserError, match=rf"sample.py, a folder for each plan; give one of {folder}/N2, {folder}/uncac"):
+        run(f"fake_path={folder}")
+    shutil.copytree(data / "fake_flat", folder, dirs_exist_ok=True)
+    (folder / "sample_ddp.json").touch()
+    assert run(f"fake_path={folder}")["metrics"] == expected
+    assert f"fake: 9 of 9 videos in {folder}" in capsys.readouterr().out
+
+
 def test_windows_depend_on_seed_and_name_alone():
     """Inside the video, at the exact stride, from the first place to the last, each as likely."""
     windows = [evaluate.window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]

@@ -53,6 +53,7 @@ from configs import SampleConfig, UserError, choice, load_config, path_option, r
 from datasets.clips import BadClip, Choose, find_frame_folders, find_videos, read_frame_folder, read_video, summary
 from datasets.transforms import square
 from models.checkpoint import atomic_path
+from sample import sample, sample_ddp
 from sample.options import describe, make_plan, make_record
 from sample.pipeline import generate, load, resolve
 from sample.sample_ddp import labels_of, video_path
@@ -134,6 +135,16 @@ def window(total: int, num_frames: int, stride: int, name: str, seed: int) -> ra
     return range(first, first + length, stride)
 
 
+def one_plan(videos: list[Path], root: Path, key: str) -> list[Path]:
+    """Of what sampling wrote to `root`, the clips of one plan: those of sample_ddp.py, not what sample.py put below."""
+    if (root / sample_ddp.RECORD).exists():
+        return [path for path in videos if path.parent == root]
+    if (root / sample.RECORD).exists():
+        plans = ", ".join(sorted({str(path.parent) for path in videos}))
+        raise UserError(f"{key}: {root} holds clips of sample.py, a folder for each plan; give one of {plans}")
+    return videos
+
+
 def place(name: str, seed: int) -> float:
     """Where a clip stands in its set: shuffled, but by (seed, name) alone."""
     return random.Random(f"place of {name} by {seed}").random()
@@ -163,7 +174,7 @@ class Files:
     def __init__(self, cfg: EvaluateConfig, key: str, wanted: int, stride: int):
         self.cfg, self.key, self.wanted, self.stride = cfg, key, wanted, stride
         self.root = require_path(cfg, key)
-        videos = [path for path in find_videos(self.root) if path.name not in NOT_CLIPS]
+        videos = one_plan([path for path in find_videos(self.root) if path.name not in NOT_CLIPS], self.root, key)
         paths = videos or find_frame_folders(self.root)
         if not paths:
             raise UserError(f"{key}: there are no video files and no folders of images under {self.root}")
@@ -397,8 +408,11 @@ def table(record: dict[str, Any], cfg: EvaluateConfig) -> str:
     if real := record["real"]:
         lines.append(f"real: {real['clips']} of {real['videos']} videos in {real['path']}, stride {real['stride']}")
     fake = record["fake"]
-    origin = fake.get("path") or f"seeds {fake['generate']['seed']} ... of {fake['checkpoint']['path']}"
-    lines.append(f"fake: {fake['clips']} clips of {origin}, stride {cfg.fake_stride}")
+    if cfg.generate:
+        origin = f"{cfg.num_fake} seeds {fake['generate']['seed']} ... of {fake['checkpoint']['path']}"
+    else:
+        origin = f"{fake['videos']} videos in {fake['path']}"
+    lines.append(f"fake: {fake['clips']} of {origin}, stride {cfg.fake_stride}")
     lines.append(f"{cfg.num_frames} frames, {cfg.image_size} x {cfg.image_size}, {cfg.resize_filter}, seed {cfg.seed}")
     lines += [f"{name}: SHA-256 {found['sha256']}" for name, found in record["detectors"].items()]
     return "\n".join(lines + [f"warning: {line}" for line in record["warnings"]])
