@@ -201,7 +201,7 @@ def init_skips_as_identity(model: Latte, x: Tensor, t: Tensor, y: Tensor | None 
         stream, normed = inputs[0][..., :D].float(), normed[..., :D].float()
         scale = (stream * normed).sum() / normed.square().sum()
         linear = model.skip_linears[list(model.skip_norms).index(norm)].linear
-        linear.weight.copy_(torch.cat([scale * torch.eye(D), torch.zeros(D, D)], dim=1))
+        linear.weight.zero_().diagonal().copy_(scale)  # (D, 2D)
         linear.bias.zero_()
 
     hooks = [norm.register_forward_hook(fit) for norm in model.skip_norms]

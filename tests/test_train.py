@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch._subclasses import FakeTensorMode
 
 from configs import ROOT, TrainConfig, UserError, load_config
 from datasets.latents import RECORD
@@ -306,6 +307,16 @@ def test_identity_start_passes_the_stream_on(latents):
         init_skips_as_identity(model, x, t, y)
         identity = (model(x, t, y) - wanted).norm()
     assert identity < 0.5 * xavier
+
+
+def test_identity_start_stays_on_the_models_device():
+    """Of a GPU that is only pretended: shapes and devices without data."""
+    fake = FakeTensorMode()
+    with fake, torch.device("cuda:0"):  # the model's; what a function makes without a word is on the CPU
+        model = get_models(load_config(TrainConfig, None, [f"{k}={v}" for k, v in TINY.items()]))
+        x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([10, 990]), torch.tensor([0, 1])
+    with fake:
+        init_skips_as_identity(model, x, t, y)
 
 
 @pytest.mark.parametrize(
