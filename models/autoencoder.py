@@ -3,17 +3,33 @@
 Letters: B batch, F frames, H = W pixels of a side, C = 4 latent channels, h = w = H / downsample.
 """
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configs import UserError
+from configs import UserError, require_path
+from models import LATENT_DOWNSAMPLE
+
+
+def vae_weights(folder: str | Path) -> Path:
+    """The file of weights that a diffusers folder is read from.
+
+    Raises:
+        UserError: no such folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path to yours")
+    safe = folder / SAFETENSORS_WEIGHTS_NAME
+    return safe if safe.is_file() else folder / WEIGHTS_NAME
 
 
 class LatentCodec:
@@ -41,14 +57,12 @@ class LatentCodec:
         Raises:
             UserError: no such folder, damaged weights, or weights of another model. Nothing in the files is executed.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path to yours")
+        weights = vae_weights(folder)
         try:
             vae, info = AutoencoderKL.from_pretrained(
                 folder,
                 torch_dtype=dtype,
-                use_safetensors=(folder / SAFETENSORS_WEIGHTS_NAME).is_file(),  # otherwise .bin, read weights_only
+                use_safetensors=weights.suffix == ".safetensors",  # otherwise .bin, read weights_only
                 output_loading_info=True,
                 local_files_only=True,
             )
@@ -65,6 +79,14 @@ class LatentCodec:
     def downsample(self) -> int:
         """Pixels of a side per latent of a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def fingerprint(self) -> str:
+        """Short hash of what makes latents, the encoder's weights and the scale; decoders may differ."""
+        digest = hashlib.sha256(str(self.scale).encode())
+        for name, value in self.vae.state_dict().items():
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(value.float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def moments(self, videos: Tensor) -> tuple[Tensor, Tensor]:
         """Videos (B, F, 3, H, W), uint8 or in [-1, 1] -> mean and std of their latents, (B, F, C, h, w) each."""
@@ -96,3 +118,18 @@ class LatentCodec:
         frames = videos.flatten(0, 1)  # (B F, ...)
         chunks = [function(chunk).float() for chunk in frames.split(self.chunk_frames)]
         return torch.cat(chunks).unflatten(0, videos.shape[:2])
+
+
+def load_codec(cfg: Any, device: torch.device) -> LatentCodec:
+    """The VAE of `cfg` (configs.AutoencoderOptions and in_channels), in fp32.
+
+    Raises:
+        UserError: no VAE there, or one whose latents are not the model's.
+    """
+    folder = require_path(cfg, "pretrained_model_path") / cfg.vae
+    codec = LatentCodec.from_pretrained(folder, device, chunk_frames=cfg.vae_chunk_frames)
+    channels = codec.vae.config.latent_channels
+    if (codec.downsample, channels) != (LATENT_DOWNSAMPLE, cfg.in_channels):
+        theirs = f"{codec.downsample}x with {channels} channels"
+        raise UserError(f"vae: {folder} is {theirs}, the model wants {LATENT_DOWNSAMPLE}x with {cfg.in_channels}")
+    return codec

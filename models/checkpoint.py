@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,14 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a checkpoint, in hex."""
-    with _existing(path).open("rb") as file:
+    """SHA-256 of a file, in hex; a process reads one that does not change only once."""
+    stat = _existing(path).stat()
+    return _file_hash(Path(path).absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

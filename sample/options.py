@@ -21,6 +21,7 @@ from configs import (
     to_yaml,
 )
 from models import get_models
+from models.autoencoder import vae_weights
 from models.checkpoint import file_hash
 from sample.pipeline import make_diffusion, plan_steps, resolve
 from tools.common.cli import Parser
@@ -137,8 +138,10 @@ def dry_run(cfg: SampleConfig, lines: Sequence[str]) -> None:
 
 def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
     """What the JSON of every run starts with: enough to repeat the run and to judge its figures."""
+    vae = require_path(cfg, "pretrained_model_path") / cfg.vae
     return {
         "config": asdict(cfg),
+        "vae": {"path": str(vae), "sha256": file_hash(vae_weights(vae))},
         "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(cfg.ckpt or require_path(cfg, "ckpt"))},
         "machine": describe_machine(device),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},

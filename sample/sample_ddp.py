@@ -32,7 +32,7 @@ from tools.common.records import write_json
 
 RECORD = "sample_ddp.json"
 INCIDENTAL = {  # options that change no clip
-    "ckpt",  # its hash is compared
+    "ckpt", "pretrained_model_path", "vae",  # their hashes are compared
     "save_video_path", "num_fvd_samples", "per_proc_batch_size", "vae_chunk_frames", "attention_mode", "use_compile",
     "use_fp16",  # resolved into precision
     "dataset", "data_path", "sample_names", "samples_per_class",
@@ -133,7 +133,8 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
     """What two runs must have in common for their clips to lie in one folder, under the names of the options."""
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
     cache = {f"cache.{key}": value for key, value in config.pop("cache").items()}
-    return {**config, **cache, "device": record["device"], "checkpoint": record["checkpoint"]["sha256"][:12]}
+    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record}  # records had no vae
+    return {**config, **cache, **hashes, "device": record["device"]}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,12 @@ def test_ddp_refuses_to_mix_settings_in_a_folder(tiny, tmp_path, monkeypatch):
     with moved.open("ab") as file:  # other weights under the same path: their hash differs
         file.write(b"\n")
     assert "checkpoint=" in sample_error(monkeypatch, sample_ddp, *command, "--ckpt", moved)
+    shutil.copytree(tiny.parent / "vae", tmp_path / "copy")
+    run(monkeypatch, sample_ddp, *command, f"pretrained_model_path={tmp_path}", "vae=copy")
+    with (tmp_path / "copy/diffusion_pytorch_model.safetensors").open("ab") as file:
+        file.write(b"\n")
+    error = sample_error(monkeypatch, sample_ddp, *command, f"pretrained_model_path={tmp_path}", "vae=copy")
+    assert re.search("clips of vae=[0-9a-f]{12}, not vae=[0-9a-f]{12}:", error)
     (folder / "sample_ddp.json").unlink()
     assert "unknown settings" in sample_error(monkeypatch, sample_ddp, *command)
 
