@@ -168,6 +168,8 @@ def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
         save_frames(tmp_path / "frames" / f"{seed:06d}", video)
     assert memory["metrics"] == run("num_fake=4", f"fake_path={tmp_path}/frames")["metrics"]
     assert memory["fake"]["generate"]["seed"] == 3 and memory["fake"]["plan"]["name"] == "N2"
+    weights = tiny.parent / "vae/diffusion_pytorch_model.safetensors"
+    assert memory["fake"]["vae"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert len(memory["fake"]["checkpoint"]["sha256"]) == 64
 
 
@@ -224,12 +226,15 @@ def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_p
     assert record["real"]["too_short"] == 3 and str(folder / "broken.mp4") in record["real"]["broken"][0]
     assert "1 broken videos were passed over" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):
+        run(f"real_path={folder}", "num_real=20", "max_bad_fraction=0.05")  # of kept features
+    with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):
         run(f"real_path={folder}", "max_bad_fraction=0.05", "feature_path=null")
     with pytest.raises(UserError, match=r"0 clips where two are needed: 9 videos are too short .*11 frames, 12 needed"):
         run("real_stride=3")
 
 
-def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_path):
+def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_path, monkeypatch):
+    """The same bytes under the same names, wherever and however old; and by the same version of the code."""
     folder = tmp_path / "real"
     shutil.copytree(data / "real", folder)
     first = run(f"real_path={folder}")
@@ -237,8 +242,18 @@ def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_p
     for change in ("seed=1", "real_stride=1", "resize_filter=bicubic", "image_size=48", "num_real=8"):
         assert "from_cache" not in run(f"real_path={folder}", change)["real"], change
     os.utime(next(folder.rglob("*.mp4")), (0, 0))
-    touched = run(f"real_path={folder}")
-    assert "from_cache" not in touched["real"] and touched["metrics"] == first["metrics"]
+    folder = folder.rename(tmp_path / "moved")
+    moved = run(f"real_path={folder}")
+    assert moved["real"]["from_cache"] and moved["metrics"] == first["metrics"]
+    video = next(folder.rglob("*.mp4"))
+    stat, content = video.stat(), bytearray(video.read_bytes())
+    content[-1] ^= 1  # of the file's tags
+    video.write_bytes(content)
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    changed = run(f"real_path={folder}")
+    assert "from_cache" not in changed["real"] and changed["metrics"] == first["metrics"]
+    monkeypatch.setattr(evaluate, "VERSION", 0)
+    assert "from_cache" not in run(f"real_path={folder}")["real"]
 
 
 def test_the_seed_chooses_clips_and_windows(run):
@@ -336,6 +351,12 @@ def test_a_wrong_detector_is_one_line(run, networks, tmp_path, name, content, me
         (["fake_path=null", "generate={tiny}", "sample.sede=1"], "unknown key sede; did you mean seed?"),
         (["resize_filter=cubic"], "resize_filter: 'cubic' is unknown"),
         (["num_frames=1"], "num_frames: 1 is less than 2"),
+        (["batch_size=0"], "batch_size: 0 is less than 1"),
+        (["num_workers=-1"], "num_workers: -1 is less than 0"),
+        (["image_size=0"], "image_size: 0 is less than 1"),
+        (["bootstrap=-1"], "bootstrap: -1 is less than 0"),
+        (["output={tmp_path}"], "is a folder, where a file is to be written"),
+        (["feature_path={tiny}/features"], "sample.yaml is a file, where a folder is to be written"),
         (["fake_stirde=2"], "did you mean fake_stride?"),
     ],
 )

@@ -266,6 +266,7 @@ def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):
         (["--cache", "N2", "num_clips=4", "num_classes=5"], "num_clips: 4 is less than 5"),
         (["--cache", "N2", "labels=even"], "valid: balanced, random"),
         (["--cache", "N2", "num_clip=9"], "did you mean num_clips?"),
+        (["--cache", "N2", "real_stride=0"], "real_stride: 0 is less than 1"),
         (["--cache", "N2", "real_path=nowhere"], "real_path: nothing at"),
         (["--cache", "N2", "real_path=."], "real_path: there are no video files and no folders of images under"),
     ],
@@ -276,6 +277,12 @@ def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
         run(monkeypatch, tiny, tmp_path / "out", *argv)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(tiny, tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match=r"output: .*out is a file, where a folder is to be written"):
+        run(monkeypatch, tiny, tmp_path / "out", *PLANS)
 
 
 def test_real_clips_that_are_too_short_are_counted(tiny, real, tmp_path, monkeypatch):

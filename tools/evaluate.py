@@ -1,6 +1,6 @@
 """FVD, FID, KID, IS, video IS and an offline proxy of videos or of a checkpoint, with what makes a figure comparable.
 
-    python tools/evaluate.py metrics=fvd real_path=/data/UCF101 fake_path=sample_videos/ucf101
+    python tools/evaluate.py metrics=fvd real_path=/data/UCF101 fake_path=sample_videos/ucf101_cache
     torchrun --standalone --nproc_per_node=8 tools/evaluate.py metrics=fvd,fid,kid,is,video_is \\
         real_path=/data/UCF101 generate=configs/ucf101/ucf101_sample_cache.yaml sample.cache.interval=2
     python tools/evaluate.py metrics=proxy real_path=datasets/demo/train real_stride=1 image_size=64 \\
@@ -52,7 +52,7 @@ from tqdm import tqdm
 from configs import SampleConfig, UserError, choice, load_config, path_option, require_path, to_yaml
 from datasets.clips import BadClip, Choose, find_frame_folders, find_videos, read_frame_folder, read_video, summary
 from datasets.transforms import square
-from models.checkpoint import atomic_path
+from models.checkpoint import atomic_path, file_hash
 from sample import sample, sample_ddp
 from sample.options import describe, make_plan, make_record
 from sample.pipeline import generate, load, resolve
@@ -62,7 +62,7 @@ from tools.common.detectors import DETECTORS, OUTPUTS, Found, find_detector, loa
 from tools.common.distributed import Environment, distributed
 from tools.common.frechet import bootstrap_distances, frechet_distance
 from tools.common.media import to_uint8
-from tools.common.records import describe_machine, write_json
+from tools.common.records import check_place, describe_machine, write_json
 
 METRICS = {  # -> the output it is computed from
     "fvd": "i3d", "fid": "inception", "kid": "inception", "is": "inception_classes", "video_is": "c3d_classes",
@@ -73,7 +73,12 @@ PROTOCOL = {  # of published figures; stride 6 is Taichi's
     "num_real": [2048], "num_fake": [2048], "num_frames": [16], "real_stride": [3, 6], "fake_stride": [1],
     "image_size": [256],
 }  # fmt: skip
+LEAST = {
+    "num_real": 2, "num_fake": 2, "num_frames": 2, "real_stride": 1, "fake_stride": 1, "image_size": 1, "bootstrap": 0,
+    "batch_size": 1, "num_workers": 0,
+}  # fmt: skip
 KEPT_BY = ("num_real", "num_frames", "real_stride", "image_size", "resize_filter", "seed", "video_reader")  # features
+VERSION = 1  # of kept features: to be raised when the code makes others of the same files
 NOT_CLIPS = ("grid.mp4", "grid.gif", "compare.mp4")  # of sample/sample.py, beside its clips
 
 
@@ -197,15 +202,12 @@ class Files:
         return {"path": str(self.root), "videos": len(self), "stride": self.stride}
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and times of all files; their bytes would take longer to read than the clips.
-
-        So a set that was copied or touched is another one, but none that was changed passes for what it was.
-        """
+        """Hash of the names and bytes of all files."""
         digest = hashlib.sha256()
         for path, _ in self.clips:
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-                stat = file.stat()
-                digest.update(f"{file.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                content = file_hash(file) if file.is_file() else ""  # a broken link, a folder of other frames
+                digest.update(f"{file.relative_to(self.root)}\0{content}\n".encode())
         return digest.hexdigest()
 
 
@@ -241,7 +243,8 @@ class Samples:
 
     def describe(self) -> dict[str, Any]:
         record = make_record(self.sampling, self.device)
-        return {"generate": record["config"], "checkpoint": record["checkpoint"], "plan": asdict(self.plan)}
+        facts = {"checkpoint": record["checkpoint"], "vae": record["vae"], "plan": asdict(self.plan)}
+        return {"generate": record["config"], **facts}
 
 
 def flat(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -281,14 +284,19 @@ def extract(source: Files | Samples, networks: Networks, cfg: EvaluateConfig, en
         clips = seen - len(failed)
     short = [clip for clip in failed if isinstance(clip, ShortClip)]
     broken = [str(clip) for clip in failed if not isinstance(clip, ShortClip)]
-    if len(broken) > cfg.max_bad_fraction * seen:
-        rule = f"max_bad_fraction={cfg.max_bad_fraction}"
-        raise UserError(f"{source.key}: {len(broken)} of {seen} videos are broken, {rule}: {summary(broken)}")
+    check_broken(source.key, broken, seen, cfg)
     if clips < 2:
         hint = f" ({short[0]}: num_frames x stride)" if short else ""
         raise UserError(f"{source.key}: {clips} clips where two are needed: {len(short)} videos are too short{hint}")
     report = {"read": seen, "clips": clips, "too_short": len(short), "broken": broken}
     return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report)
+
+
+def check_broken(key: str, broken: list[str], seen: int, cfg: EvaluateConfig) -> None:
+    """Raises UserError for too many of the videos read."""
+    if len(broken) > cfg.max_bad_fraction * seen:
+        rule = f"max_bad_fraction={cfg.max_bad_fraction}"
+        raise UserError(f"{key}: {len(broken)} of {seen} videos are broken, {rule}: {summary(broken)}")
 
 
 def gather(items: list[T], env: Environment) -> list[T]:
@@ -306,7 +314,7 @@ def real_features(
     """Features of the real set, on the first process at least; kept in `feature_path` for the next run."""
     files: dict[str, Path] = {}
     if cfg.feature_path:
-        facts = [env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
+        facts = [VERSION, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
         for name in networks:
             key = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
             files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
@@ -315,6 +323,7 @@ def real_features(
             return Features({}, {})
         with safe_open(next(iter(files.values())), "pt") as file:
             report = json.loads(file.metadata()["report"]) | {"from_cache": True}
+        check_broken(source.key, report["broken"], report["read"], cfg)
         return Features({name: load_file(file)["rows"] for name, file in files.items()}, report)
     features = extract(source, networks, cfg, env)
     if env.is_main:
@@ -354,7 +363,10 @@ def inception_score(probabilities: Tensor, seed: int, splits: int = 10) -> dict[
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int, largest: int = 1000) -> dict[str, Any]:
-    """KID of features real (M, D) and fake (N, D): mean and standard deviation over 100 subsets of `largest` rows."""
+    """KID of features real (M, D) and fake (N, D): mean and standard deviation over 100 subsets of `largest` rows.
+
+    There is no deviation where every subset is the whole of both sets.
+    """
     size = min(largest, len(real), len(fake))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of the memory it takes
         torch.manual_seed(seed)
@@ -362,7 +374,8 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int, largest: int = 1000) 
         distance.update(real.double(), real=True)
         distance.update(fake.double(), real=False)
         mean, std = distance.compute()
-    return {"value": mean.item(), "std": std.item(), "subset_size": size}
+    spread = {} if size == len(real) == len(fake) else {"std": std.item()}
+    return {"value": mean.item(), **spread, "subset_size": size}
 
 
 def doubts(record: dict[str, Any], cfg: EvaluateConfig) -> list[str]:
@@ -453,9 +466,12 @@ def check(cfg: EvaluateConfig) -> None:
         choice("metrics", metric, list(METRICS))
     choice("resize_filter", cfg.resize_filter, ["bilinear", "bicubic", "lanczos"])
     choice("video_reader", cfg.video_reader, ["pyav", "decord"])
-    for key, least in (("num_real", 2), ("num_fake", 2), ("num_frames", 2), ("real_stride", 1), ("fake_stride", 1)):
+    for key, least in LEAST.items():
         if getattr(cfg, key) < least:
             raise UserError(f"{key}: {getattr(cfg, key)} is less than {least}")
+    check_place(cfg, "output")
+    if cfg.feature_path:
+        check_place(cfg, "feature_path", folder=True)
     if bool(cfg.fake_path) == bool(cfg.generate):
         raise UserError("give either fake_path=FOLDER or generate=YAML: what is to be judged")
     if cfg.sample and not cfg.generate:
@@ -491,8 +507,9 @@ def main() -> None:
             return
         record = evaluate(cfg, real, fake, env)
         if record:
+            print(table(record, cfg))
             write_json(cfg.output, record)
-            print(f"{table(record, cfg)}\nrecord: {cfg.output}")
+            print(f"record: {cfg.output}")
 
 
 if __name__ == "__main__":

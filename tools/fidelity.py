@@ -2,7 +2,7 @@
 
     python tools/fidelity.py --cache N2 N3 N4 N5 N6 num_clips=70 seed=10000       # the demo
     python tools/fidelity.py --cache N2 N4 sample_method=ddpm num_sampling_steps=250 controls=False
-    python tools/fidelity.py --config configs/ucf101/ucf101_sample_skip.yaml --cache N2 --dry-run
+    python tools/fidelity.py --config configs/ucf101/ucf101_sample_skip.yaml --cache N2 num_clips=202
     torchrun --standalone --nproc_per_node=8 tools/fidelity.py --config ... --cache N2 N3     # shares out the seeds
 
 A clip's twin has its seed and label and is sampled uncached. Against it, clip by clip (tools/common/fidelity.py says
@@ -64,7 +64,7 @@ from tools.common.features import load_proxy
 from tools.common.fidelity import METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
 from tools.common.frechet import frechet_distance
 from tools.common.macs import readable
-from tools.common.records import describe_machine, write_json
+from tools.common.records import check_place, describe_machine, write_json
 from tools.evaluate import EvaluateConfig, Files, extract
 
 UNCACHED = "uncached"
@@ -181,6 +181,9 @@ def run(
 ) -> dict[Cell, dict[str, Any]] | None:
     """Measure what is missing of the tasks; the row of each cell on the first process, None elsewhere and when dry."""
     choice("labels", cfg.labels, ["balanced", "random"])
+    check_place(cfg, "output", folder=True)
+    if cfg.real_stride < 1:
+        raise UserError(f"real_stride: {cfg.real_stride} is less than 1")
     fewest = max(FEWEST_CLIPS, cfg.num_classes or 0)
     if cfg.num_clips < fewest:
         raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from configs import UserError
 from models.checkpoint import atomic_path
 
 
@@ -15,6 +16,15 @@ def write_json(path: str | Path, record: Any) -> None:
     """Writes `record`, readably; the file appears whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_place(cfg: Any, key: str, folder: bool = False) -> None:
+    """Raises UserError, before the work, where no file (or folder) can be written at the path in option `key`."""
+    path = Path(getattr(cfg, key)).absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if nearest.is_dir() != (folder or nearest != path):
+        there, wanted = ("folder", "file") if nearest.is_dir() else ("file", "folder")
+        raise UserError(f"{key}: {nearest} is a {there}, where a {wanted} is to be written: choose another path")
 
 
 def describe_machine(device: torch.device) -> str:
