@@ -159,6 +159,10 @@ def test_only_so_many_clips_and_a_word_when_the_page_is_large(run, tmp_path, mon
     assert "slowly: max_clips=1 can be lowered" in capsys.readouterr().out.splitlines()[1]
 
 
+def test_a_table_may_be_a_header_alone():
+    assert '<th class="number">plan</th>' in report.markdown("| plan | dB |")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -169,6 +173,7 @@ def test_only_so_many_clips_and_a_word_when_the_page_is_large(run, tmp_path, mon
         (["{tmp}/cut"], "cut/sample.json is no record of sample/sample.py: JSONDecodeError"),
         (["{tmp}/cut.json"], "cut.json is not JSON"),
         (["{tmp}/lost"], "lost/uncached/000000_class2.mp4 is missing"),
+        (["{tmp}/latin.md"], "latin.md is no UTF-8 text: invalid continuation byte at byte 2"),
         (["{run}", "max_clips=0"], "max_clips: 0 is less than 1"),
         (["{run}", "max_clip=2"], "unknown key max_clip"),
     ],
@@ -178,6 +183,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path, monkeyp
         (tmp_path / name).mkdir()
         (tmp_path / name / report.RECORD).write_text(text)
     (tmp_path / "cut.json").write_text("[1, ")
+    (tmp_path / "latin.md").write_text("Fréchet", encoding="latin-1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message) as error:
         make(monkeypatch, *(text.format(tmp=tmp_path, run=run) for text in arguments), f"output={tmp_path}/page.html")

@@ -16,6 +16,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
 from pathlib import Path
 from string import Template
 from textwrap import dedent
@@ -156,10 +157,9 @@ def material(path: Path) -> str:
         case ".png":
             return figure(f'<img alt="" src="{data_uri(path, "image/png")}">', path.name)
         case ".md":
-            return figure(markdown(path.read_text(encoding="utf-8")), path.name)
+            return figure(markdown(read_text(path)), path.name)
         case ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                header, *rows = [[escape(cell) for cell in row] for row in csv.reader(file)] or [[]]
+            header, *rows = [[escape(cell) for cell in row] for row in csv.reader(StringIO(read_text(path)))] or [[]]
             return figure(table(header, rows), path.name)
         case ".json":
             try:
@@ -169,14 +169,21 @@ def material(path: Path) -> str:
             return f"<details><summary>{escape(path.name)}</summary>\n{tree(value)}</details>"
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
 def markdown(text: str) -> str:
     """Headings, tables, lists, code and paragraphs, which is what our tools and READMEs hold."""
     parts = []
     for block in filter(None, re.split(r"\n\s*\n", text.strip())):
         lines = [escape(line) for line in block.splitlines()]
         if lines[0].startswith("|"):
-            header, _, *rows = ([inline(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines)
-            parts.append(table(header, rows))
+            header, *rows = ([inline(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines)
+            parts.append(table(header, rows[1:]))  # without the ruler
         elif lines[0].startswith(("    ", "```")):
             code = "\n".join(line for line in lines if not line.startswith("```"))
             parts.append(f"<pre>{dedent(code)}</pre>")
