@@ -1,7 +1,7 @@
 """Train Latte or Skip-DiT on video clips, or on clips with still images.
 
     torchrun --standalone --nproc_per_node=8 train.py --config configs/ucf101/ucf101_train.yaml
-    python train.py --config configs/demo/demo_train.yaml                  # the demo's model, on a CPU
+    bash train_scripts/demo_train.sh                                       # the demo's model, on a CPU
     python train.py --config ... max_train_steps=1000 learning_rate=5e-5   # any option as key=value
     python train.py --config ... --dry-run                                 # the resolved options and the model's size
 
@@ -36,9 +36,10 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from configs import SampleConfig, TrainConfig, UserError, choice, load_config, require_path, to_yaml
 from datasets import ClipSampler, collate, get_dataset, load_batches
+from datasets.latents import check_latents
 from diffusion import Diffusion, create_diffusion
 from models import get_models
-from models.autoencoder import LatentCodec
+from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.latte import Latte, fastest_attention, init_skips_as_identity
 from sample.pipeline import Pipeline, generate, make_diffusion, resolve
@@ -104,8 +105,9 @@ def train(cfg: TrainConfig) -> None:
     dataset = get_dataset(cfg)
     codec = None
     if not cfg.latents_path or cfg.preview_every or cfg.validation_every:
-        vae = require_path(cfg, "pretrained_model_path") / cfg.vae
-        codec = LatentCodec.from_pretrained(vae, device, chunk_frames=cfg.vae_chunk_frames)
+        codec = load_codec(cfg, device)
+        if cfg.latents_path:
+            check_latents(cfg, codec.fingerprint())
     diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
     latte = create_model(cfg, device)
     trained = [p for p in latte.parameters() if p.requires_grad]

@@ -173,7 +173,11 @@ INERT = {  # the original's keys that do nothing here, and why
     "negative_name": "the null label comes from num_classes",
     "frame_interval": "clips are sampled at the interval of their training",
 }
-PUBLISHED = ("ckpt", "pretrained_model_path")  # paths that pretrained/download_ckpts.py fills
+HINTS = {  # what fills a path
+    "ckpt": "published weights: python pretrained/download_ckpts.py",
+    "pretrained_model_path": "published weights: python pretrained/download_ckpts.py",
+    "latents_path": "make them with tools/encode_latents.py, which takes the same options",
+}
 BARE_WORDS = {  # YAML reads a bare `no` as False; the original had False for mixed_precision
     "mixed_precision": {False: "no", True: "bf16", None: "no"},
     "resume_from_checkpoint": {False: "no", True: "auto", None: "auto"},
@@ -215,8 +219,7 @@ def require_path(config: Any, key: str) -> Path:
     if _is_placeholder(value):
         raise UserError(f"{key} still holds the placeholder {value}: put your path there, or pass {key}=PATH")
     if not Path(value).exists():
-        hint = "; published weights: python pretrained/download_ckpts.py" if key in PUBLISHED else ""
-        raise UserError(f"{key}: nothing at {value}{hint}")
+        raise UserError(f"{key}: nothing at {value}" + (f"; {HINTS[key]}" if key in HINTS else ""))
     return Path(value)
 
 

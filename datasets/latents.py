@@ -44,8 +44,11 @@ def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
     return moments[:, int(flip)]
 
 
-def check_latents(args: Any) -> None:
-    """Raise UserError unless the latents at `args.latents_path` were made for the data set and size of `args`."""
+def check_latents(args: Any, encoder: str | None = None) -> None:
+    """Raise UserError unless the latents at `args.latents_path` were made for the data set and size of `args`.
+
+    encoder: `LatentCodec.fingerprint()` of the VAE that decodes them, where there is one at hand.
+    """
     record = require_path(args, "latents_path") / RECORD
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
@@ -56,5 +59,7 @@ def check_latents(args: Any) -> None:
     for key, value in asked.items():
         if made[key] != value:
             raise UserError(f"latents_path: {record.parent} was made with {key}={made[key]}, not {value}")
+    if encoder and made.get("encoder") != encoder:
+        raise UserError(f"vae: the latents in {record.parent} are of another VAE, {made['vae']}; use that one")
     if args.use_image_num and args.frame_data_txt:
         raise UserError("frame_data_txt: with latents_path the stills are frames of the encoded clips; leave it empty")

@@ -18,8 +18,8 @@ from configs import CacheOptions, SampleConfig, UserError, choice, require_path
 from diffusion import Diffusion, create_diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import SAMPLERS
-from models import LATENT_DOWNSAMPLE, get_models, parse_name
-from models.autoencoder import LatentCodec
+from models import get_models, parse_name
+from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint
 from models.latte import Latte, fastest_attention
 from models.skip_cache import (
@@ -113,19 +113,13 @@ def plan_steps(diffusion: Diffusion, cache: CacheOptions) -> list[bool]:
 
 def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     """The checkpoint and the VAE of a resolved configuration, on `device`."""
-    checkpoint, vae = cfg.ckpt or require_path(cfg, "ckpt"), require_path(cfg, "pretrained_model_path")
+    checkpoint, codec = cfg.ckpt or require_path(cfg, "ckpt"), load_codec(cfg, device)
     with torch.device("meta"):  # no time for initial values: the checkpoint has them all
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)
     load_checkpoint(model, checkpoint)
     model.eval().requires_grad_(False)
     model.set_attention(cfg.attention_mode)
-    codec = LatentCodec.from_pretrained(vae / cfg.vae, device, chunk_frames=cfg.vae_chunk_frames)  # in fp32
-    if (codec.downsample, codec.vae.config.latent_channels) != (LATENT_DOWNSAMPLE, cfg.in_channels):
-        theirs = f"{codec.downsample}x with {codec.vae.config.latent_channels} channels"
-        raise UserError(
-            f"vae: {vae / cfg.vae} is {theirs}, the model wants {LATENT_DOWNSAMPLE}x with {cfg.in_channels}"
-        )
     return Pipeline(
         cfg=cfg,
         model=model,

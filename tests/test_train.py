@@ -21,7 +21,9 @@ from torch._subclasses import FakeTensorMode
 from configs import ROOT, TrainConfig, UserError, load_config
 from datasets.latents import RECORD
 from models import get_models
+from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
+from tools.common.distributed import Environment
 from train import check_options, clip_seed, learning_rate, train
 
 TINY = dict(
@@ -59,7 +61,7 @@ SHARED = dict(  # on two ranks: with data workers, stills, accumulation and a sc
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
+def latents(tiny, tmp_path_factory) -> Path:
     """Six clips of two classes: the mean tells the class."""
     folder = tmp_path_factory.mktemp("latents")
     generator = torch.Generator().manual_seed(0)
@@ -69,6 +71,7 @@ def latents(tmp_path_factory) -> Path:
         path.parent.mkdir(exist_ok=True)
         save_file({"moments": torch.cat([mean, 0.1 * torch.ones_like(mean)], dim=2).half()}, path)
     record = {"dataset": "video_folder", "image_size": 32, "horizontal_flip": None}
+    record |= {"vae": "tiny", "encoder": LatentCodec.from_pretrained(tiny.parent / "vae").fingerprint()}
     (folder / RECORD).write_text(json.dumps(record))
     return folder
 
@@ -386,7 +389,12 @@ def test_scaler_at_the_end_of_its_scale_stops_the_run(latents, tmp_path, monkeyp
     [
         (dict(num_classes=3), "2 class folders, but num_classes is 3"),
         (dict(image_size=64), "made with image_size=32, not 64"),
-        (dict(latents_path="/nowhere"), "latents_path: nothing at /nowhere"),
+        (dict(latents_path="/nowhere"), "latents_path: nothing at /nowhere; make them with tools/encode_latents.py"),
+        (dict(preview_every=1, pretrained_model_path=ROOT / "pretrained/demo"), "are of another VAE, tiny"),
+        (
+            dict(preview_every=1, pretrained_model_path=ROOT / "pretrained/demo", in_channels=8),
+            "is 8x with 4 channels, the model wants 8x with 8",
+        ),
         (dict(resume_from_checkpoint="/nowhere"), "is no run folder"),
         (dict(pretrained="/nowhere.pt"), "no checkpoint /nowhere.pt"),
         (dict(mixed_precision="fp16"), "fp16 runs in software on a CPU"),
@@ -453,7 +461,7 @@ def test_training_from_pixels_equals_training_from_encoded_latents(tiny, tmp_pat
         shutil.copytree(source.parent, data / source.parent.name, ignore=lambda _, names: sorted(names)[3:])
     options = dict(data_path=data, pretrained_model_path=tiny.parent, max_train_steps=2, local_batch_size=2)
     pixels = run("", tmp_path / "pixels", **options)
-    encode(config(tmp_path / "latents", tmp_path, **options), 0, 1, torch.device("cpu"))
+    encode(config(tmp_path / "latents", tmp_path, **options), Environment(0, 1, torch.device("cpu")))
     assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == 6
     encoded = run(tmp_path / "latents", tmp_path / "encoded", **options)
     assert losses(tmp_path / "encoded") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-3)

@@ -31,11 +31,11 @@ import torch
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import ROOT, TrainConfig, load_config, require_path, to_yaml
+from configs import ROOT, TrainConfig, load_config, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
 from datasets.clips import Choose, find_videos
 from datasets.transforms import square
-from models.autoencoder import LatentCodec
+from models.autoencoder import LatentCodec, load_codec
 from tools.common import cli
 from tools.common.records import describe_machine, write_json
 
@@ -107,8 +107,7 @@ def benchmark(cfg: TrainConfig, epochs: int, reader_only: bool) -> dict[str, dic
         ways = {"whole files": whole} | ways
     codec = None
     if cfg.latents_path:
-        vae = require_path(cfg, "pretrained_model_path") / cfg.vae
-        codec = LatentCodec.from_pretrained(vae, "cuda" if torch.cuda.is_available() else "cpu")
+        codec = load_codec(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         ways |= {"pixels + VAE": get_dataset(pixels), "latents": get_dataset(cfg)}
     rates = {name: [] for name in ways}
     for epoch in range(epochs + 1):

@@ -32,6 +32,13 @@ class Environment:
         if self.world_size > 1:
             dist.barrier()
 
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, on each."""
+        shares: list[Any] = [items] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(shares, items)
+        return [item for share in shares for item in share]
+
     def from_first(self, function: Callable[[], T]) -> T:
         """What `function` returns on the first process, on every process; a `UserError` there is one everywhere."""
         result: list[Any] = [None]
