@@ -47,10 +47,14 @@ from tools.common import cli, runs
 from tools.common.distributed import local_device
 from tools.common.media import save_grid
 
-COUNTS = (  # options that are at least 1
-    "local_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_bad_steps",
-    "log_every", "ckpt_every", "keep_resume_states",
-)  # fmt: skip
+LEAST = {  # options and the least that they can be
+    1: (
+        "local_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_bad_steps", "log_every",
+        "ckpt_every", "keep_resume_states", "num_frames", "frame_interval", "preview_clips", "validation_clips",
+        "vae_chunk_frames",
+    ),
+    0: ("num_workers", "global_seed", "use_image_num", "preview_every", "validation_every", "lr_warmup_steps"),
+}  # fmt: skip
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter moves
@@ -70,12 +74,12 @@ def main() -> None:
     args = cli.Parser(__doc__, TrainConfig).parse_args()
     cfg = load_config(TrainConfig, args.config, args.overrides)
     check_options(cfg)
-    if args.dry_run:
+    if not args.dry_run:
+        train(cfg)
+    elif runs.rank() == 0:
         with torch.device("meta"):
             model = get_models(cfg)
         print(f"{to_yaml(cfg)}# {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    else:
-        train(cfg)
 
 
 def check_options(cfg: TrainConfig) -> None:
@@ -85,9 +89,18 @@ def check_options(cfg: TrainConfig) -> None:
     choice("train_only", cfg.train_only, list(TRAINABLE))
     choice("lr_schedule", cfg.lr_schedule, list(LR_SCHEDULES))
     choice("skip_init", cfg.skip_init, ["identity", "xavier"])
-    for key in COUNTS:
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}: {getattr(cfg, key)} is less than 1")
+    for least, keys in LEAST.items():
+        for key in keys:
+            if getattr(cfg, key) < least:
+                raise UserError(f"{key}: {getattr(cfg, key)} is less than {least}")
+    with torch.device("meta"):
+        model = get_models(cfg)
+    if cfg.train_only == "skip" and not model.num_skips:
+        raise UserError(
+            f"train_only: {cfg.model} has no skip branches to train; choose a model with `skip` in its name"
+        )
+    if cfg.preview_every:
+        preview_options(cfg, model.num_skips, torch.device("cpu"))
 
 
 def train(cfg: TrainConfig) -> None:
@@ -114,16 +127,24 @@ def train(cfg: TrainConfig) -> None:
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     ema = AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
 
-    run = shared_run(cfg, rank)
+    run, reason = shared_run(cfg, rank)
     log = runs.RunLog(run, rank)
+    if reason:
+        log.say(reason)
     state = runs.newest_state(run, log) or {"step": 0, "consumed": 0}
     if broadcast_object_list([state["step"]])[0] != state["step"]:
         raise UserError(f"results_dir: process {rank} does not see the resume states in {run} that process 0 sees")
     log.rewind(state["step"])
     if state["step"]:
-        latte.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            latte.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError):  # names, shapes, another number of trained weights
+            differ = "; ".join(runs.differences(run, cfg))
+            raise UserError(
+                f"resume_from_checkpoint: {run} has other weights, as it has other options: {differ}"
+            ) from None
     else:
         if cfg.pretrained:
             start_from_pretrained(latte, cfg, diffusion, None if cfg.latents_path else codec, dataset, log)
@@ -143,6 +164,8 @@ def train(cfg: TrainConfig) -> None:
     micro_batch = cfg.local_batch_size * world  # clips of all processes in one forward
     sampler = ClipSampler(len(dataset), micro_batch, rank, world, cfg.global_seed, start=consumed)
     loading = dict(pin_memory=on_gpu, worker_init_fn=ignore_signals)
+    if rank == 0:
+        loading["say"] = log.say  # of unusable files; the other ranks' go to stderr
     batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction, **loading)
     log.say(
         f"{run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
@@ -184,7 +207,7 @@ def train(cfg: TrainConfig) -> None:
         if bad_steps == cfg.max_bad_steps:
             raise UserError(
                 f"{bad_steps} steps in a row had no finite loss and gradient (max_bad_steps): lower learning_rate or "
-                f"clip from the start (start_clip_iter=0); the last good weights are in {run / 'checkpoints'}"
+                f"clip from the start (start_clip_iter=0), and resume_from_checkpoint={run} to go on from there"
             )
 
         meter.add(loss if finite else None)
@@ -287,18 +310,21 @@ def validation_batch(
 
 def preview(folder: Path, step: int, model: Latte, cfg: TrainConfig, codec: LatentCodec, device: torch.device) -> None:
     """Videos of seeds and labels 0, 1, ...: `{step}-uncached.mp4` and, for a model with skips, `{step}-N2.mp4`."""
-    shared = {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if hasattr(cfg, f.name)}
-    options = resolve(SampleConfig(**shared), device)
-    pipe = Pipeline(options, model, codec, make_diffusion(options), device, uncached=model)
     seeds = range(cfg.preview_clips)
     labels = None if model.num_classes is None else [seed % model.num_classes for seed in seeds]
-    intervals = {"uncached": 1}
-    if model.num_skips:
-        cached = max(2, options.cache.interval)
-        intervals[f"N{cached}"] = cached
-    for name, interval in intervals.items():
-        videos = generate(pipe, seeds, labels, replace(options.cache, interval=interval))
-        save_grid(folder / f"{step:07d}-{name}.mp4", videos, options.fps)
+    for name, options in preview_options(cfg, model.num_skips, device).items():
+        pipe = Pipeline(options, model, codec, make_diffusion(options), device, uncached=model)
+        save_grid(folder / f"{step:07d}-{name}.mp4", generate(pipe, seeds, labels), options.fps)
+
+
+def preview_options(cfg: TrainConfig, num_skips: int, device: torch.device) -> dict[str, SampleConfig]:
+    """The sampling options of each preview by its name; UserError for those that make no sense."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if hasattr(cfg, f.name)}
+    options = resolve(SampleConfig(**shared), device)
+    cached = max(2, options.cache.interval)
+    intervals = {"uncached": 1} | ({f"N{cached}": cached} if num_skips else {})
+    caches = {name: replace(options.cache, interval=interval) for name, interval in intervals.items()}
+    return {name: resolve(replace(options, cache=cache), device) for name, cache in caches.items()}
 
 
 def clip_seed(seed: int, number: int) -> int:
@@ -330,10 +356,14 @@ def start_from_pretrained(
         init_skips_as_identity(latte, diffusion.q_sample(x, t, noise), t, y)
 
 
-def shared_run(cfg: TrainConfig, rank: int) -> Path:
-    """The run folder to continue or a new one, the same on every rank."""
-    run = [runs.find_run(cfg) or runs.create_run(cfg)] if rank == 0 else [None]
-    return broadcast_object_list(run)[0]
+def shared_run(cfg: TrainConfig, rank: int) -> tuple[Path, str]:
+    """The run folder to continue or a new one, the same on every rank, and what there is to say about that."""
+    found = [None, ""]
+    if rank == 0:
+        run = runs.find_run(cfg)
+        found = [run, ""] if run else [runs.create_run(cfg), runs.why_new(cfg)]
+    run, reason = broadcast_object_list(found)
+    return run, reason
 
 
 class Meter:

@@ -61,7 +61,10 @@ def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tu
     Raises:
         UserError: the list is empty or a line names no class.
     """
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"frame_data_txt: {path} is no text in UTF-8") from None
     if not lines:
         raise UserError(f"frame_data_txt: {path} names no images")
     if classes is None:

@@ -1,7 +1,7 @@
 """Batches of clips for a training loop, and the count of clips that could not be used."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def load_batches(
-    dataset: Dataset, sampler: ClipSampler, num_workers: int = 0, max_bad_fraction: float = 0.1, **loader_options: Any
+    dataset: Dataset,
+    sampler: ClipSampler,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.1,
+    say: Callable[[str], object] = logger.warning,
+    **loader_options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Endless batches of `dataset` in the order of `sampler`, see `collate`; unusable files are logged, each once.
+    """Endless batches of `dataset` in the order of `sampler`, see `collate`; `say` names each unusable file once.
 
     Raises:
         UserError: more than `max_bad_fraction` of the files drawn cannot be used; the message names them.
@@ -39,8 +44,8 @@ def load_batches(
         skipped = batch["skipped"]
         for file in skipped:
             if file not in named:
-                logger.warning("skipped %s", file)
-            named[file] = None
+                named[file] = None
+                say(f"skipped {file}; unusable files so far: {len(named)}")
         bad += len(skipped)
         drawn += len(skipped) + batch["label"].numel() + batch.get("image_labels", torch.empty(0)).numel()
         if drawn >= min(len(dataset), MIN_JUDGED) and bad > max_bad_fraction * drawn:

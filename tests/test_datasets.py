@@ -511,6 +511,12 @@ def test_a_list_line_without_a_class_is_named(video_tree, tmp_path):
         )
 
 
+def test_a_list_that_is_no_utf8_is_one_line(video_tree, tmp_path):
+    (tmp_path / "list.txt").write_bytes("Bär/1.jpg\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"frame_data_txt: .*list.txt is no text in UTF-8"):
+        get_dataset(options("ffs", video_tree, use_image_num=1, frame_data_txt=str(tmp_path / "list.txt")))
+
+
 def test_ucf101_names_its_classes_without_its_videos():
     """101 names in the order of the sorted folders: HammerThrow before Hammering, JumpRope before JumpingJack."""
     names = class_names(SimpleNamespace(dataset="ucf101", data_path=None, num_classes=101))

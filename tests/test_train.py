@@ -261,15 +261,38 @@ def test_damaged_resume_state_is_passed_over_for_the_one_before(latents, tmp_pat
     run(latents, tmp_path / "b", max_train_steps=4)
     state = next((tmp_path / "b").glob("*/resume/0000004.pt"))
     state.write_bytes(state.read_bytes()[:1000])
-    resumed = run(latents, tmp_path / "b")
+    state.rename(state.with_stem("0000009"))
+    resumed = run(latents, tmp_path / "b", keep_resume_states=1)
     assert "passed over" in capsys.readouterr().out
     assert_equal(resumed, unbroken)
+    assert [path.stem for path in state.parent.iterdir()] == ["0000006"], "the broken one outlives the good one"
 
 
-def test_other_options_start_another_run(latents, tmp_path):
+def test_other_options_start_another_run_which_says_why(latents, tmp_path, capsys):
     run(latents, tmp_path, max_train_steps=2)
+    assert "a new run" not in capsys.readouterr().out
     run(latents, tmp_path, max_train_steps=2, global_seed=1)
     assert [path.name[:3] for path in sorted(tmp_path.iterdir())] == ["000", "001"]
+    reason = "a new run, as 000-Latte-skip-video_folder has global_seed=3407, not 1 (resume_from_checkpoint="
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [dict(hidden_size=32), dict(train_only="skip")])
+def test_run_of_other_weights_is_not_continued(latents, tmp_path, change):
+    run(latents, tmp_path, max_train_steps=2)
+    key, value = next(iter(change.items()))
+    with pytest.raises(UserError, match=f"has other weights, as it has other options: {key}=.*, not {value}$"):
+        run(latents, tmp_path, **change, resume_from_checkpoint=next(tmp_path.iterdir()))
+
+
+def test_skipped_files_are_named_in_the_runs_log(latents, tmp_path):
+    """Once each, with their count."""
+    shutil.copytree(latents, tmp_path / "latents")
+    (tmp_path / "latents" / "a" / "broken.mp4.safetensors").write_text("no latents")
+    run(tmp_path / "latents", tmp_path / "runs", max_bad_fraction=0.5)
+    lines = next(tmp_path.glob("runs/*/log.txt")).read_text().splitlines()
+    named = [line for line in lines if "broken.mp4" in line]
+    assert len(named) == 1 and "is no file of latents" in named[0] and named[0].endswith("unusable files so far: 1")
 
 
 def test_accumulation_and_gradient_checkpointing_equal_the_plain_run(latents, tmp_path):
@@ -338,7 +361,8 @@ def test_train_only_moves_what_it_names(latents, tmp_path, train_only, named):
 
 
 def test_run_without_finite_losses_stops_and_says_so(latents, tmp_path):
-    with pytest.raises(UserError, match=r"^3 steps in a row .*max_bad_steps"):
+    """And how to go on: with another learning rate, `auto` alone would start anew."""
+    with pytest.raises(UserError, match=r"^3 steps in a row .*max_bad_steps.* resume_from_checkpoint=.*/000-Latte-sk"):
         run(latents, tmp_path, learning_rate=1e38, max_bad_steps=3, ckpt_every=1, max_train_steps=50)
     assert [path.stem for path in tmp_path.glob("*/checkpoints/*")] == ["0000001"], "no bad step is saved"
 
@@ -415,11 +439,20 @@ def test_errors_are_one_line(latents, tmp_path, options, message):
         "skip_init=zero",
         "attention_mode=flash",
         "ckpt_every=0",
+        "num_frames=0",
+        "num_workers=-1",
+        "global_seed=-1",
+        "train_only=skip model=Latte",
+        "sample_method=ddmi preview_every=1",
+        "num_sampling_steps=0 preview_every=1",
+        "cfg_scale=7 preview_every=1",
+        "cache.depth=9 model=Latte-skip preview_every=1",
     ],
 )
 def test_unusable_option_is_one_line_that_names_it(override):
+    """Before anything runs, those of the previews too."""
     with pytest.raises(UserError, match=override.partition("=")[0]) as caught:
-        check_options(load_config(TrainConfig, None, [override]))
+        check_options(load_config(TrainConfig, None, override.split()))
     assert "\n" not in str(caught.value)
 
 

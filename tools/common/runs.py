@@ -18,7 +18,8 @@ from models.checkpoint import atomic_path, save_checkpoint
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Options that may change between a run and its continuation: they do not change what is learned.
+# Options that may change between a run and its continuation: they do not change what is learned. But for one:
+# max_train_steps, where lr_schedule falls; the learning rate goes on as if it had been the new one from the start.
 INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
@@ -92,7 +93,7 @@ def find_run(cfg: Any) -> Path | None:
             )
         return folder
     runs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
-    return next((path.parent for path in runs if _same_training(path, cfg)), None)
+    return next((path.parent for path in runs if not differences(path.parent, cfg)), None)
 
 
 def create_run(cfg: Any) -> Path:
@@ -100,18 +101,31 @@ def create_run(cfg: Any) -> Path:
     root = Path(cfg.results_dir)
     root.mkdir(parents=True, exist_ok=True)
     index = max((int(path.name.split("-")[0]) for path in root.glob("[0-9][0-9][0-9]*-*")), default=-1) + 1
-    run = root / f"{index:03d}-{cfg.model.replace('/', '-')}-{cfg.dataset}"
+    run = root / f"{index:03d}-{_kind(cfg)}"
     run.mkdir()
     with atomic_path(run / "config.yaml") as temporary:
         temporary.write_text(to_yaml(cfg))
     return run
 
 
+def why_new(cfg: Any) -> str:
+    """For `auto`: how the newest run but one, of the same model and data set, differs; empty where there is none."""
+    earlier = sorted(Path(cfg.results_dir).glob(f"[0-9][0-9][0-9]*-{_kind(cfg)}/config.yaml"))[:-1]
+    if cfg.resume_from_checkpoint != "auto" or not earlier:
+        return ""
+    run = earlier[-1].parent
+    return (
+        f"a new run, as {run.name} has {'; '.join(differences(run, cfg))} (resume_from_checkpoint={run} continues it)"
+    )
+
+
 def save_state(run: Path, step: int, keep: int, **state: Any) -> None:
-    """Write `resume/{step:07d}.pt` and remove all but the newest `keep` of them."""
+    """Write `resume/{step:07d}.pt` and remove all but the newest `keep`; those of later steps were broken ones."""
     save_checkpoint(run / "resume" / f"{step:07d}.pt", step=step, **state)
-    for old in sorted((run / "resume").glob("*.pt"))[:-keep]:
-        old.unlink()
+    states = sorted((run / "resume").glob("*.pt"))
+    kept = [path for path in states if int(path.stem) <= step][-keep:]
+    for path in set(states) - set(kept):
+        path.unlink()
 
 
 def newest_state(run: Path, log: RunLog) -> dict[str, Any] | None:
@@ -122,6 +136,21 @@ def newest_state(run: Path, log: RunLog) -> dict[str, Any] | None:
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             log.say(f"passed over {path}, which cannot be read ({str(error).splitlines()[0]})")
     return None
+
+
+def differences(run: Path, cfg: Any) -> list[str]:
+    """The options that make `run` another training than that of `cfg`, as `key=theirs, not ours`."""
+    try:
+        theirs, ours = asdict(load_config(type(cfg), run / "config.yaml")), asdict(cfg)
+    except UserError as error:
+        return [f"options of another version of this code ({error})"]
+    keys = [key for key in ours if key not in INCIDENTAL and theirs[key] != ours[key]]
+    return [f"{key}={theirs[key]}, not {ours[key]}" for key in keys]
+
+
+def rank() -> int:
+    """Number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -137,10 +166,5 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _same_training(saved: Path, cfg: Any) -> bool:
-    """Whether the options in the file `saved` are those of `cfg`, but for incidental ones."""
-    try:
-        theirs, ours = asdict(load_config(type(cfg), saved)), asdict(cfg)
-    except UserError:  # options of another version of this code
-        return False
-    return all(theirs[key] == ours[key] for key in ours.keys() - INCIDENTAL)
+def _kind(cfg: Any) -> str:
+    return f"{cfg.model.replace('/', '-')}-{cfg.dataset}"
