@@ -1,6 +1,7 @@
 """tools/common/fidelity.py on clips whose figures are known, and tools/fidelity.py on a tiny model."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -174,10 +175,15 @@ def test_record_and_table(measured):
             assert figures["margin"] > 0 and {own["clips"] for own in figures["by_class"].values()} == {2}
     for row in rows.values():
         assert row["seconds"] > 0 and row["proxy_real"] > 0 and row["proxy_others"] > 0
+        assert row["proxy_real_interval"][0] < row["proxy_real"] < row["proxy_real_interval"][1]
+    real = record["real"]
+    assert (real["clips"], real["videos"], real["stride"], real["too_short"], real["broken"]) == (3, 3, 2, 0, [])
 
     table = read_markdown((measured / "fidelity.md").read_text())
     assert [line["run"] for line in table] == list(rows)
     assert table[0]["PSNR, dB"] == "–" and table[1]["full + cached steps"] == "3 + 3"
+    assert float(table[0]["proxy, real"].split(" (")[0]) == pytest.approx(uncached["proxy_real"], rel=1e-3)
+    assert f"to 3 clips of 3 videos in {real['path']}, stride 2" in (measured / "fidelity.md").read_text()
     mean, _, margin = table[1]["relative L1"].split()
     assert float(mean) == pytest.approx(n2["twin"]["relative_l1"]["mean"], abs=1e-4) and float(margin) > 0
 
@@ -205,6 +211,23 @@ def test_the_same_command_does_only_what_is_missing(tiny, measured, tmp_path, mo
     after = strict_json(measured / "fidelity.json")["rows"]
     assert [row["twin"] for row in after] == [row["twin"] for row in before if "control" not in row["run"]]
     assert run(monkeypatch, tiny, measured, *PLANS) == {}
+
+
+def test_seconds_compare_on_one_machine_with_one_setting(tiny, measured, tmp_path, monkeypatch):
+    """N2 was sampled again with other attention than its twin: no speed-up. Another machine's N4 changes nothing."""
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    before = {row["run"]: row for row in strict_json(tmp_path / "fidelity.json")["rows"]}
+    log = tmp_path / "clips/0.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if line["cell"] != "ddim-6-g2-N2"]
+    slow = [line | {"machine": "elsewhere", "seconds": 1e6} for line in lines if line["cell"] == "ddim-6-g2-N4"]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines + slow))
+    assert run(monkeypatch, tiny, tmp_path, *PLANS, "attention_mode=math") == {"ddim-6-N2": 6}
+    rows = {row["run"]: row for row in strict_json(tmp_path / "fidelity.json")["rows"]}
+    assert rows["N2"]["speedup"] is None and rows["N2"]["machine"].endswith("attention: math")
+    assert all(rows["N4"][key] == before["N4"][key] for key in ("seconds", "speedup", "machine"))
+    text = (tmp_path / "fidelity.md").read_text()
+    assert read_markdown(text)[1]["speed-up"] == "–" and "attention: math: N2." in text
 
 
 def test_more_clips_and_plans_add_to_a_folder(tiny, measured, monkeypatch):

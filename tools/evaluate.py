@@ -60,7 +60,7 @@ from sample.sample_ddp import labels_of, video_path
 from tools.common import cli
 from tools.common.detectors import DETECTORS, OUTPUTS, Found, find_detector, load_output
 from tools.common.distributed import Environment, distributed
-from tools.common.frechet import bootstrap_distances, frechet_distance
+from tools.common.frechet import distance_spread, frechet_distance
 from tools.common.media import to_uint8
 from tools.common.records import check_place, describe_machine, write_json
 
@@ -342,13 +342,7 @@ def figure(metric: str, real: Tensor | None, fake: Tensor, cfg: EvaluateConfig) 
     if metric == "kid":
         return kernel_distance(real.flatten(0, 1), fake.flatten(0, 1), cfg.seed) | facts
     value = frechet_distance(real.flatten(0, 1), fake.flatten(0, 1))
-    spread = {}
-    if cfg.bootstrap:
-        draws = bootstrap_distances(real, fake, cfg.bootstrap, cfg.seed)
-        bias = draws.mean().item() - value
-        # Draws repeat clips, which puts them above the figure about as far as it is above that of infinitely many.
-        low, high = (draws.quantile(q).item() - bias for q in (0.025, 0.975))
-        spread = {"interval": [low, high], "bias": bias}
+    spread = distance_spread(real, fake, value, cfg.bootstrap, cfg.seed) if cfg.bootstrap else {}
     return {"value": value, **spread, **facts}
 
 

@@ -24,7 +24,7 @@ Letters: N clips, B batch, F frames, C channels of the latents, D proxy features
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -62,13 +62,14 @@ from tools.common.detectors import find_detector, load_output
 from tools.common.distributed import Environment, distributed
 from tools.common.features import load_proxy
 from tools.common.fidelity import METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
-from tools.common.frechet import frechet_distance
+from tools.common.frechet import distance_spread, frechet_distance
 from tools.common.macs import readable
 from tools.common.records import check_place, describe_machine, write_json
-from tools.evaluate import EvaluateConfig, Files, extract
+from tools.evaluate import EvaluateConfig, Features, Files, extract
 
 UNCACHED = "uncached"
 FEWEST_CLIPS = 4  # two in each half
+BOOTSTRAP = 200  # draws behind the interval of a distance to real clips
 
 
 @dataclass(kw_only=True)
@@ -137,10 +138,9 @@ class Task(NamedTuple):
 class Measured:
     """What the lines say of a cell."""
 
-    seconds: dict[tuple[int, ...], float] = field(default_factory=dict)  # to sample a batch, by its seeds
+    seconds: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # of a batch, by machine and seeds
     features: dict[int, list[float]] = field(default_factory=dict)  # (D,) by seed
     pairs: dict[str, dict[int, dict[str, float]]] = field(default_factory=lambda: defaultdict(dict))  # other, seed
-    machines: set[str] = field(default_factory=set)
 
 
 def main() -> None:
@@ -161,13 +161,14 @@ def main() -> None:
             if cfg.controls:
                 runs[f"control of {cell.plan}"] = replace(twin, steps=round(twin.steps * plan_of(cell).share))
         tasks = [Task(cell, twin) for cell in dict.fromkeys(runs.values())]
-        rows = run(cfg, tasks, plan_of, args.dry_run, env)
+        rows, real = run(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
         rows = [{"run": name, **rows[cell]} for name, cell in runs.items()]
-        text = "\n\n".join([markdown([{"run": row["run"], **columns(row)} for row in rows]), notes(cfg, tasks, rows)])
+        table = markdown([{"run": row["run"], **columns(row)} for row in rows])
+        text = f"{table}\n\n{notes(cfg, tasks, rows, real)}"
         by_class = [by_class_table(rows, metric) for metric in METRICS if cfg.num_classes and metric in rows[1]["twin"]]
         write_text(Path(cfg.output, "fidelity.md"), "\n\n".join([text, *by_class]) + "\n")
-        write_record(Path(cfg.output, "fidelity.json"), cfg, rows, env)
+        write_record(Path(cfg.output, "fidelity.json"), cfg, rows, real, env)
         print(f"\n{text}\n\nrecord: {cfg.output}")
 
 
@@ -178,8 +179,13 @@ def main() -> None:
 
 def run(
     cfg: MeasureConfig, tasks: list[Task], plan_of: Callable[[Cell], Plan], dry: bool, env: Environment
-) -> dict[Cell, dict[str, Any]] | None:
-    """Measure what is missing of the tasks; the row of each cell on the first process, None elsewhere and when dry."""
+) -> tuple[dict[Cell, dict[str, Any]], dict[str, Any] | None]:
+    """Measure what is missing of the tasks.
+
+    Returns:
+        The row of each cell, on the first process; none elsewhere and when dry.
+        Facts about the real clips, if there are any.
+    """
     choice("labels", cfg.labels, ["balanced", "random"])
     check_place(cfg, "output", folder=True)
     if cfg.real_stride < 1:
@@ -197,16 +203,17 @@ def run(
     if dry:
         if env.is_main:
             dry_run(cfg, lines)
-        return None
-    # Before the long part, since it may fail.
-    real = real_features(cfg, env) if cfg.real_path else None
+        return {}, None
+    source = real_clips(cfg) if cfg.real_path else None
     work = env.from_first(lambda: open_folder(cfg, tasks, env))
+    real = real_features(source, env) if source else Features({}, {})  # before the long part, since it may fail
     if env.is_main:
         print("\n".join(lines))
         print(f"batches to sample: {sum(len(todo) for _, todo in work)}, processes: {env.world_size}", flush=True)
     measure(cfg, tasks, work[env.rank :: env.world_size], env)
     env.barrier()
-    return summarize(cfg, tasks, plan_of, real) if env.is_main else None
+    rows = summarize(cfg, tasks, plan_of, real.rows.get("proxy")) if env.is_main else {}
+    return rows, real.report or None
 
 
 def planner(cfg: MeasureConfig, device: torch.device) -> Callable[[Cell], Plan]:
@@ -273,7 +280,9 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
         return
     pipe, proxy, lpips = load(cfg, env.device), load_proxy(env.device), load_lpips(env.device)
     twins = twins_of(tasks, cfg)
+    # All that seconds depend on beside the cell: they compare where this is the same.
     machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
+    machine += f", attention: {cfg.attention_mode}" + ", compiled" * cfg.use_compile
     few = replace(pipe, diffusion=make_diffusion(replace(cfg, num_sampling_steps=4)))
     for task in work[0][1]:  # warms up
         sample_latents(few, work[0][0], labels_of(work[0][0], cfg), task.cell.cache)
@@ -326,8 +335,7 @@ def read_lines(folder: Path) -> dict[str, Measured]:
     for file in sorted(folder.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
             own = measured[line["cell"]]
-            own.seconds[tuple(line["seeds"])] = line["seconds"]
-            own.machines.add(line["machine"])
+            own.seconds[line["machine"], tuple(line["seeds"])] = line["seconds"]
             for i, seed in enumerate(line["seeds"]):
                 own.features[seed] = line["features"][i]
                 for other, figures in line["pairs"].items():
@@ -335,39 +343,48 @@ def read_lines(folder: Path) -> dict[str, Measured]:
     return measured
 
 
-def real_features(cfg: MeasureConfig, env: Environment) -> Tensor:
-    """Proxy features (N, D) of the clips that tools/evaluate.py takes from `real_path`, shared out to the processes.
+def real_clips(cfg: MeasureConfig) -> Files:
+    """All clips that tools/evaluate.py would take from `real_path`."""
+    shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
+    return Files(EvaluateConfig(**shared), "real_path", sys.maxsize, cfg.real_stride)
+
+
+def real_features(source: Files, env: Environment) -> Features:
+    """Their proxy features (N, 1, D), shared out to the processes.
 
     Raises:
         UserError: fewer than two of the videos can be used, or too many are broken.
     """
-    shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
-    options = EvaluateConfig(**shared)
-    source = Files(options, "real_path", sys.maxsize, cfg.real_stride)
     network = load_output("proxy", find_detector("proxy", None, Path()), env.device)
-    features, report = extract(source, {"proxy": network}, options, env)
-    if env.is_main:
-        dropped = f", {report['too_short']} too short" if report["too_short"] else ""
-        dropped += f", broken: {summary(report['broken'])}" if report["broken"] else ""
-        print(f"real: {report['clips']} of {len(source)} videos in {source.root}, stride {source.stride}{dropped}")
-    return features["proxy"].flatten(0, 1)
+    features, report = extract(source, {"proxy": network}, source.cfg, env)
+    return Features(features, source.describe() | report)
 
 
 def summarize(
     cfg: MeasureConfig, tasks: list[Task], plan_of: Callable[[Cell], Plan], real: Tensor | None
 ) -> dict[Cell, dict[str, Any]]:
-    """The figures of each cell over the seeds asked for."""
+    """The figures of each cell over the seeds asked for; real: features (M, 1, D)."""
     measured, seeds = read_lines(Path(cfg.output, "clips")), seeds_of(cfg)
     labels, names = labels_of(seeds, cfg) or [], class_names(cfg)
     classes = [names[label] if names else f"class{label}" for label in labels]
     by_class = sorted(seeds, key=lambda seed: labels[seed - cfg.seed] if labels else 0)  # every other one: half of each
     features = {task.cell: torch.tensor([measured[task.cell.name].features[s] for s in by_class]) for task in tasks}
     enough = len(seeds) >= 2 * (cfg.num_classes or FEWEST_CLIPS // 2)  # every class in both halves
+    seconds: dict[Cell, dict[str, dict[tuple[int, ...], float]]] = {}  # cell -> machine -> batch
+    for cell in features:
+        seconds[cell] = defaultdict(dict)
+        for (machine, batch), value in measured[cell.name].seconds.items():
+            if not set(batch).isdisjoint(seeds):
+                seconds[cell][machine][batch] = value
+    common = Counter(machine for own in seconds.values() for machine in own).most_common()  # most cells first
     rows = {}
     for task in tasks:
-        cell, plan, own, twin = task.cell, plan_of(task.cell), measured[task.cell.name], measured[task.twin.name]
-        batches = [batch for batch in own.seconds if not set(batch).isdisjoint(seeds)]
-        both = [twin.seconds[batch] / own.seconds[batch] for batch in batches if batch in twin.seconds]
+        cell, plan, own = task.cell, plan_of(task.cell), measured[task.cell.name]
+        machine = next(name for name, _ in common if name in seconds[cell])
+        ours, theirs = seconds[cell][machine], seconds[task.twin].get(machine, {})
+        both = [theirs[batch] / ours[batch] for batch in ours if batch in theirs]
+        proxy_real = None if real is None else frechet_distance(features[cell], real[:, 0])
+        spread = {} if real is None else distance_spread(real, features[cell][:, None], proxy_real, BOOTSTRAP, seed=0)
         rows[cell] = {
             "name": cell.name,
             **asdict(cell),
@@ -375,11 +392,12 @@ def summarize(
             "cached_steps": plan.cached_steps,
             "macs": plan.macs,
             "share": plan.macs / plan_of(task.twin).macs,  # of the twin's
-            "seconds": statistics.median(own.seconds[batch] / len(batch) for batch in batches),  # of a clip
+            "machine": machine,  # of the seconds
+            "seconds": statistics.median(ours[batch] / len(batch) for batch in ours),  # of a clip
             "speedup": statistics.median(both) if both else None,  # over the twin, of batches of the same seeds
-            "machines": sorted(own.machines),
             "proxy_others": distance_to_others(features[cell], features[task.twin]) if enough else None,
-            "proxy_real": None if real is None else frechet_distance(features[cell], real),
+            "proxy_real": proxy_real,
+            "proxy_real_interval": spread.get("interval"),
         }
         for role in ("twin", "reference"):  # metric -> figures; empty where there is none or clips do not pair
             other = task.pairs(cfg.eta).get(role)
@@ -413,6 +431,8 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
         cells[f"{title}, reference"] = plus_minus(row["reference"].get(metric), digits)
     for key, title in (("proxy_others", "proxy, other seeds"), ("proxy_real", "proxy, real")):
         cells[title] = "" if row[key] is None else f"{row[key]:.4g}"
+    if row["proxy_real_interval"]:
+        cells["proxy, real"] += " ({:.3g} ... {:.3g})".format(*row["proxy_real_interval"])
     return cells
 
 
@@ -445,20 +465,29 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *body))
 
 
-def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]]) -> str:
+def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]], real: dict[str, Any] | None) -> str:
     """What the figures mean."""
     seeds, (weights, url) = seeds_of(cfg), lpips_weights()
-    machines = sorted({machine for row in rows for machine in row["machines"]})
-    real = f"Real: to the clips in {cfg.real_path}" if cfg.real_path else "real_path=... adds real clips"
+    machines: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        machines[row["machine"]].append(row.get("run", row["name"]))
+    where = [f"{name}: {', '.join(own)}" if len(machines) > 1 else name for name, own in machines.items()]
+    about_real = "real_path=... adds real clips"
+    if real:
+        about_real = f"Real: to {real['clips']} clips of {real['videos']} videos in {real['path']}, stride "
+        about_real += f"{real['stride']}" + f", {real['too_short']} too short" * bool(real["too_short"])
+        about_real += f", broken: {summary(real['broken'])}" if real["broken"] else ""
+        about_real += "; in brackets, the 95 % interval over draws of the sampled clips"
     lines = [
         f"{len(seeds)} clips a row, seeds {seeds[0]} ... {seeds[-1]}, labels {cfg.labels}. train.py draws from hashed "
         "63-bit seeds: no training has seen this noise.",
         "Figures are against the uncached clip of the same seed; means over clips, ± half of the 95 % interval "
         "(Student's t, clips taken as independent draws).",
         "Proxy: Fréchet distance of 80 EfficientNet features, no FVD; comparable at one number of clips only. Other "
-        f"seeds: to the uncached clips of the other half of the seeds; uncached shows how far equals are. {real}.",
-        "Seconds: median over batches, sampling alone; speed-up: median over batches, each beside its twin. "
-        f"{'; '.join(machines)}.",
+        "seeds: to the uncached clips of the other half of the seeds; uncached shows how far equals are. "
+        f"{about_real}.",
+        "Seconds: median over batches, sampling alone; speed-up: median over batches, each beside its twin, on one "
+        f"machine with one setting. {'; '.join(where)}.",
     ]
     if any(set(task[1:]) - {None, task.cell, *task.pairs(cfg.eta).values()} for task in tasks):
         lines.append(
@@ -476,11 +505,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def write_record(path: Path, cfg: MeasureConfig, rows: list[dict[str, Any]], env: Environment) -> None:
+def write_record(
+    path: Path, cfg: MeasureConfig, rows: list[dict[str, Any]], real: dict[str, Any] | None, env: Environment
+) -> None:
     """Everything, as JSON."""
     seeds = seeds_of(cfg)
     clips = {"seeds": list(seeds), "labels": labels_of(seeds, cfg)}
-    write_json(path, {**make_record(cfg, env.device), **clips, "rows": rows})
+    write_json(path, {**make_record(cfg, env.device), **clips, "real": real, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ def main() -> None:
     with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
         cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
         tasks = grid(cfg)
-        rows = run(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
+        rows, real = run(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
     if rows:
         rows, folder = list(rows.values()), Path(cfg.output)
         keys = ("method", "steps", "guidance", "plan")
         table = markdown([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
-        text = f"{table}\n\n{notes(cfg, tasks, rows)}\n"
+        text = f"{table}\n\n{notes(cfg, tasks, rows, real)}\n"
         text += f"- Reference: uncached {cfg.reference} with the row's guidance.\n" if cfg.reference else ""
         write_text(folder / "sweep.md", text)
         write_text(folder / "sweep.csv", to_csv(rows))
-        write_record(folder / "sweep.json", cfg, rows, env)
+        write_record(folder / "sweep.json", cfg, rows, real, env)
         draw_all(cfg, rows, folder)
         print(f"\n{text}\nrecord: {cfg.output}")
 
