@@ -1,0 +1,135 @@
+"""How the proxy distance of tools/evaluate.py answers to faults: one half of real clips against the other, spoiled.
+
+    python tools/proxy_response.py                                       # the demo's train clips: the README's table
+    python tools/proxy_response.py real_path=/data/UCF101 real_stride=3 image_size=256 num_real=400
+
+The rows: that half as it is (and the range over 20 other ways to halve the set), blurred, with Gaussian noise, with
+frames shuffled within windows, with frames that repeat. The columns: the proxy, and its two halves, means over time and
+means of |difference in time|. The same command prints the same table.
+Letters: N clips, F frames, S pixels of a side, D proxy features.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+
+from configs import UserError, load_config, path_option, to_yaml
+from tools.common import cli
+from tools.common.features import load_proxy
+from tools.common.frechet import frechet_distance
+from tools.evaluate import EvaluateConfig, Files, check
+from tools.fidelity import markdown
+
+SPLITS = 20
+FEWEST = 4  # two in each half
+
+
+@dataclass(kw_only=True)
+class ResponseConfig:
+    """Options of this program, as in tools/evaluate.py."""
+
+    real_path: str | None = path_option("datasets/demo/train")
+    num_real: int = 2048  # at most; one half of them is spoiled
+    num_frames: int = 16
+    real_stride: int = 1
+    image_size: int = 64
+    batch_size: int = 8
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    return gaussian_blur(x, [2 * int(3 * sigma + 0.5) + 1] * 2, [sigma] * 2)
+
+
+def noise(x: Tensor, sigma: float) -> Tensor:
+    return x + sigma / 127.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+
+def shuffle(x: Tensor, size: int) -> Tensor:
+    """Each clip has its own disorder within windows of `size` frames."""
+    F, generator = x.shape[1], torch.Generator().manual_seed(3)
+    orders = [
+        torch.cat([i + torch.randperm(min(size, F - i), generator=generator) for i in range(0, F, size)]) for _ in x
+    ]
+    return torch.stack([clip[order] for clip, order in zip(x, orders, strict=True)])
+
+
+def repeat(x: Tensor, times: int) -> Tensor:
+    return x[:, torch.arange(x.shape[1]) // times * times]
+
+
+FAULTS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {  # of (N, F, 3, S, S) in [-1, 1]
+    "blurred, sigma {} pixels": (blur, (0.5, 1, 2)),
+    "noise of {} grey levels": (noise, (2, 5, 10)),
+    "frames shuffled within {}": (shuffle, (2, 4, 16)),
+    "each frame shown {} times": (repeat, (2, 4, 16)),
+}
+
+
+def main() -> None:
+    args = cli.Parser(__doc__, ResponseConfig).parse_args()
+    cfg = load_config(ResponseConfig, args.config, args.overrides)
+    options = EvaluateConfig(**vars(cfg), fake_path=cfg.real_path)
+    check(options)
+    source = Files(options, "real_path", cfg.num_real, cfg.real_stride)
+    if args.dry_run:
+        print(to_yaml(cfg) + f"# {len(source)} videos in {source.root}")
+        return
+    print(respond(source, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def respond(source: Files, device: torch.device) -> str:
+    """The table.
+
+    Raises:
+        UserError: fewer than four clips can be used.
+    """
+    (read,) = source.batches([range(min(len(source), source.wanted))])
+    clips = [clip for clip in read if isinstance(clip, Tensor)]  # without what is broken or short
+    if len(clips) < FEWEST:
+        reason = next((f": {clip}" for clip in read if not isinstance(clip, Tensor)), "")
+        raise UserError(f"{source.key}: {len(clips)} of {len(read)} videos can be used, {FEWEST} are needed{reason}")
+    videos, proxy, size = torch.stack(clips) / 127.5 - 1, load_proxy(device), source.cfg.batch_size
+    bar = tqdm(total=(1 + sum(len(degrees) for _, degrees in FAULTS.values()) / 2) * len(videos), unit="clip")
+
+    def features(x: Tensor) -> Tensor:
+        """(N, F, 3, S, S) -> (N, D), of pixels rounded to 8 bits as in a file."""
+        rows = []
+        for batch in ((x.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1).split(size):
+            rows.append(proxy(batch.to(device)))
+            bar.update(len(batch))
+        return torch.cat(rows)
+
+    def distances(a: Tensor, b: Tensor) -> list[float]:
+        """Of all features, of the means over time, of the differences in time."""
+        return [frechet_distance(a[:, part], b[:, part]) for part in (slice(None), slice(40), slice(40, None))]
+
+    def row(title: str, columns: list[list[float]]) -> dict[str, str]:
+        shown = [" / ".join(f"{x:.1f}" if x < 100 else f"{x:.0f}" for x in column) for column in columns]
+        return dict(zip(("", "proxy", "its spatial half", "its motion half"), (title, *shown), strict=True))
+
+    whole, half = features(videos), len(videos) // 2
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(videos), generator=generator) for _ in range(SPLITS)]
+    others = [frechet_distance(whole[order[:half]], whole[order[half:]]) for order in orders]
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(1))
+    real, fake = whole[order[:half]], order[half:]
+    spread = f"as they are ({SPLITS} splits: {min(others):.1f}–{max(others):.1f})"
+    rows = [row(spread, [[x] for x in distances(real, whole[fake])])]
+    for title, (spoil, degrees) in FAULTS.items():
+        each = [distances(real, features(spoil(videos[fake], degree))) for degree in degrees]
+        rows.append(
+            row(title.format(" / ".join(map(str, degrees))), [list(column) for column in zip(*each, strict=True)])
+        )
+    bar.close()
+    return markdown(rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
