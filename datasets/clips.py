@@ -118,6 +118,8 @@ def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadClip("does not decode (FFmpeg does not know its codec)")
             packets = [
                 Packet(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.pts is not None
             ]
@@ -249,7 +251,10 @@ def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:
     Raises:
         BadClip: a chosen file is no image, frames differ in size, or `choose` refuses the folder.
     """
-    names = sorted((p.name for p in path.iterdir() if _has_suffix(p.name, IMAGE_SUFFIXES)), key=natural_order)
+    try:
+        names = sorted((p.name for p in path.iterdir() if _has_suffix(p.name, IMAGE_SUFFIXES)), key=natural_order)
+    except OSError as error:  # it is gone, or closed to this user
+        raise BadClip(f"cannot be read ({type(error).__name__})") from error
     frames = [read_image(path / names[i]) for i in choose(len(names))]
     if len({frame.shape for frame in frames}) > 1:
         raise BadClip("its frames differ in size")

@@ -340,6 +340,19 @@ def test_every_data_set_reads_its_layout_and_skips_broken_files(name, request):
     assert all(("does not decode" if files == "video" else "is no image") in reason for reason in reasons.values())
 
 
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_a_codec_that_ffmpeg_does_not_know_is_a_bad_clip(tmp_path, clips, reader):
+    write_video(tmp_path / "a.avi", clips[0], "mjpeg")
+    (tmp_path / "a.avi").write_bytes((tmp_path / "a.avi").read_bytes().replace(b"MJPG", b"ZZZZ"))
+    with pytest.raises(BadClip, match="does not know its codec"):
+        read_video(tmp_path / "a.avi", range, reader)
+
+
+def test_a_frame_folder_that_is_gone_is_a_bad_clip(tmp_path):
+    with pytest.raises(BadClip, match=r"cannot be read \(FileNotFoundError"):
+        read_frame_folder(tmp_path / "gone", range)
+
+
 def test_sky_alone_is_never_mirrored():
     """Of the published data sets; a user's own clips are not either, as nobody knows whether mirroring is right."""
     assert {name for name, source in SOURCES.items() if not source.flip} == {

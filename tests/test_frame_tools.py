@@ -184,16 +184,18 @@ def test_broken_videos_are_named_once_and_too_many_are_an_error_after_the_rest(v
     (videos / "Box" / "cut_off.mp4").write_bytes(whole[: len(whole) // 2])
     (videos / "City" / "text.avi").write_text("not a video")
     (videos / "City" / "hole.mp4").write_bytes(whole[:3000] + bytes([255]) * 3000 + whole[6000:])
+    unknown = ffmpeg(videos / "Box" / "v_Box_g01_c01.mp4", videos / "unknown.avi", "-c:v", "mjpeg")
+    unknown.write_bytes(unknown.read_bytes().replace(b"MJPG", b"ZZZZ"))
     ffmpeg(videos / "Box" / "v_Box_g01_c01.mp4", videos / "sound.mp4", "-f", "lavfi", "-i", "sine=d=1", "-map", "1")
     arguments = f"data_path={videos}", f"frame_data_path={tmp_path}/frames", f"num_workers={workers}"
-    convert(*arguments, "max_bad_fraction=0.5")
+    convert(*arguments, "max_bad_fraction=0.6")
     out = capsys.readouterr().out
-    for name in ("cut_off.mp4", "text.avi", "hole.mp4", "sound.mp4"):
+    for name in ("cut_off.mp4", "text.avi", "hole.mp4", "sound.mp4", "unknown.avi"):
         assert out.count(name) == 1
-    assert out.splitlines()[-1] == "4 videos converted, 0 before, 4 skipped"
+    assert out.splitlines()[-1] == "4 videos converted, 0 before, 5 skipped"
     assert numbers_of_frames(tmp_path / "frames") == [24] * 4
     with pytest.raises(
-        UserError, match=r"4 of 8 failed, max_bad_fraction=0.1: .*cut_off.mp4: InvalidDataError \("
+        UserError, match=r"5 of 9 failed, max_bad_fraction=0.1: .*cut_off.mp4: InvalidDataError \("
     ) as raised:
         convert(*arguments)
     assert "\n" not in str(raised.value)

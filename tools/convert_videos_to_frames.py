@@ -100,6 +100,8 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
         with av.open(str(video)) as container:
             stream = container.streams.video[0]
             codec = stream.codec_context
+            if codec is None:
+                raise ValueError("FFmpeg does not know its codec")
             codec.thread_count = 1  # the processes are the parallelism
             even = codec.has_b_frames and container.format.name == "avi"  # whose times are those of decoding
             for i, frame in enumerate(container.decode(stream)):
