@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 
+import train as program
 from configs import ROOT, TrainConfig, UserError, load_config
 from datasets.latents import RECORD
 from models import get_models
@@ -139,8 +140,6 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stil
 
 def stop_after(cfg: TrainConfig, step: int) -> None:
     """Train until a SIGTERM that arrives in the middle of `step`."""
-    import train as program
-
     count, original = 0, program.clip_losses
 
     def counting(*args, **kwargs):
@@ -454,6 +453,42 @@ def test_unusable_option_is_one_line_that_names_it(override):
     with pytest.raises(UserError, match=override.partition("=")[0]) as caught:
         check_options(load_config(TrainConfig, None, override.split()))
     assert "\n" not in str(caught.value)
+
+
+def script_commands(tmp_path: Path, script: str, processes: int) -> list[list[str]]:
+    """The command lines that a script starts, written down by stand-ins for torchrun and python3."""
+    for name in ("torchrun", "python3"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\t" "${0##*/}" "$@" >> commands; echo >> commands\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": str(processes)}
+    subprocess.run(["bash", ROOT / script, "--dry-run", "max_train_steps=7"], cwd=tmp_path, env=env, check=True)
+    return [line.split("\t")[:-1] for line in (tmp_path / "commands").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", ["ucf101", "taichi", "sky", "ffs", "demo"])
+def test_train_scripts_run_train(tmp_path, monkeypatch, capsys, task):
+    """With their YAML file and what follows their name, from any directory; a dry run speaks on one rank."""
+    commands = script_commands(tmp_path, f"train_scripts/{task}_train.sh", processes=3)
+    if task == "demo":
+        command, programs = commands[1][1:], [Path(command[1]).name for command in commands]
+        assert programs == ["encode_latents.py", "train.py"] and commands[0][2:] == commands[1][2:]
+    else:
+        assert commands[0][:3] == ["torchrun", "--standalone", "--nproc_per_node=3"]
+        command = commands[0][3:]
+    assert Path(command[0]).samefile(program.__file__)
+    for rank, texts in {"0": ["max_train_steps: 7\n", " parameters\n"], "1": []}.items():
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", command)
+        program.main()
+        out = capsys.readouterr().out
+        assert bool(out) == bool(texts) and all(text in out for text in texts)
+
+
+@pytest.mark.parametrize("script", ["train_scripts/ucf101_train.sh", "sample/scripts/ucf101/ucf101_skip.sh"])
+def test_one_process_is_started_without_torchrun(tmp_path, script):
+    """Which would add its own traceback to a one-line error."""
+    [command] = script_commands(tmp_path, script, processes=1)
+    assert command[0] == "python3" and command[-2:] == ["--dry-run", "max_train_steps=7"]
 
 
 def test_error_ends_the_program_with_exit_1():
