@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash launch.sh CONFIG [OPTION ...]: train.py on each GPU of this machine (several: through torchrun) or once on the
+# bash launch.sh CONFIG [OPTION ...]: train.py on each GPU of this machine (several: through torchrun) or on the
 # CPU. NPROC=4 starts four. CONFIG is relative to configs/, paths among the options to the current directory.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
