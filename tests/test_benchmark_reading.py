@@ -1,14 +1,17 @@
 """The reading benchmark measures what training reads."""
 
 import json
+import shutil
 
 import av
 import pytest
 import torch
 
-from configs import ROOT, UserError
+from configs import ROOT, TrainConfig, UserError, load_config
 from datasets.clips import read_video
 from tools import benchmark_reading as program
+from tools.common.distributed import Environment
+from tools.encode_latents import encode
 
 FAST = ["num_frames=4", "image_size=16", "local_batch_size=2"]
 
@@ -28,6 +31,20 @@ def test_every_way_is_timed_on_every_kind_of_file(monkeypatch, tmp_path, capsys)
         assert report[kind]["whole files"]["ratio"] == 1
         assert all(way["clips_per_second"] > 0 for way in report[kind].values())
     assert "a keyframe every 250" in capsys.readouterr().out
+
+
+def test_encoded_latents_are_timed_beside_their_pixels(monkeypatch, tiny, tmp_path):
+    (tmp_path / "videos").mkdir()
+    for clip in sorted((ROOT / "datasets/demo/train/Box").iterdir())[:2]:
+        shutil.copy(clip, tmp_path / "videos")
+    cfg = dict(dataset="video_folder", data_path=tmp_path / "videos", latents_path=tmp_path / "latents")
+    cfg |= dict(pretrained_model_path=tiny.parent, frame_interval=1, num_frames=4, image_size=16, local_batch_size=2)
+    (tmp_path / "train.yaml").write_text("".join(f"{key}: {value}\n" for key, value in cfg.items()))
+    encode(load_config(TrainConfig, tmp_path / "train.yaml"), Environment(0, 1, torch.device("cpu")))
+    run(monkeypatch, "--config", tmp_path / "train.yaml", "--epochs", 1, "--output", tmp_path / "reading.json")
+    report = json.loads((tmp_path / "reading.json").read_text())[str(tmp_path / "videos")]
+    assert list(report) == ["whole files", "pyav", "decord", "pixels + VAE", "latents"]
+    assert all(way["clips_per_second"] > 0 for way in report.values())
 
 
 @pytest.mark.parametrize("interval, keyframes", [(12, [0, 12, 24]), (250, [0])])

@@ -124,29 +124,30 @@ def assert_equal(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
             torch.testing.assert_close(ours[kind][name], value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("stills", [0, 2])
-def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stills):
+@pytest.mark.parametrize(("stills", "number"), [(0, signal.SIGTERM), (2, signal.SIGINT)])
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stills, number):
     """Weights, EMA, optimizer, schedule, data order, noise, label drop continue; with stills and accumulation."""
     options = dict(use_image_num=stills, gradient_accumulation_steps=2, lr_schedule="cosine", lr_warmup_steps=2)
     options["log_every"] = 4  # a line's mean spans the interruption
     unbroken = run(latents, tmp_path / "unbroken", **options)
     cut = config(latents, tmp_path / "resumed", **options)
-    stop_after(cut, 3)
+    stop_after(cut, 3, number)
+    assert list((tmp_path / "resumed").glob("*/resume/0000003.pt"))
     assert not list((tmp_path / "resumed").glob("*/checkpoints/0000003.pt")), "a signal saves the resume state only"
     resumed = run(latents, tmp_path / "resumed", **options)
     assert_equal(resumed, unbroken)
     assert log_lines(tmp_path / "resumed") == log_lines(tmp_path / "unbroken")
 
 
-def stop_after(cfg: TrainConfig, step: int) -> None:
-    """Train until a SIGTERM that arrives in the middle of `step`."""
+def stop_after(cfg: TrainConfig, step: int, number: int = signal.SIGTERM) -> None:
+    """Train until a signal that arrives in the middle of `step`."""
     count, original = 0, program.clip_losses
 
     def counting(*args, **kwargs):
         nonlocal count
         count += 1
         if count == step * cfg.gradient_accumulation_steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     program.clip_losses = counting
@@ -157,12 +158,12 @@ def stop_after(cfg: TrainConfig, step: int) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def torchrun(latents: Path, results: Path) -> subprocess.Popen:
+def torchrun(latents: Path, results: Path, **options) -> subprocess.Popen:
     """train.py with SHARED on two gloo ranks, Hugging Face's `datasets` installed: accelerate would import ours."""
     fake = results.parent / "site" / "datasets-4.0.0.dist-info"
     fake.mkdir(parents=True, exist_ok=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n")
-    options = {**TINY, **SHARED, "latents_path": latents, "results_dir": results}
+    options = {**TINY, **SHARED, "latents_path": latents, "results_dir": results, **options}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     command += [f"{key}={value}" for key, value in options.items()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(fake.parent)}
@@ -201,6 +202,14 @@ def test_two_processes_equal_one(latents, unbroken, tmp_path):
     """Half of the batch on each of two gloo ranks: equal to 1e-5."""
     run(latents, tmp_path, **{**SHARED, "local_batch_size": 4})
     assert_equal(weights(unbroken, step=12), weights(tmp_path, step=12), tolerance=1e-5)
+
+
+def test_run_goes_on_with_another_number_of_processes(latents, unbroken, tmp_path):
+    """Twelve steps on one process, the rest on two: equal to 1e-5 to two all the way."""
+    stop_after(config(latents, tmp_path / "runs", **{**SHARED, "local_batch_size": 4}), 12)
+    finish(torchrun(latents, tmp_path / "runs", resume_from_checkpoint=next(tmp_path.glob("runs/*"))))
+    assert [line["step"] for line in log_lines(tmp_path / "runs")] == list(range(1, 37))
+    assert_equal(newest(tmp_path / "runs"), newest(unbroken), tolerance=1e-5)
 
 
 def test_killed_and_signalled_runs_on_two_ranks_equal_the_unbroken_one_bit_for_bit(latents, unbroken, tmp_path):
@@ -515,12 +524,31 @@ def test_clips_draw_from_generators_of_their_own():
 
 
 def test_compiled_blocks_equal_the_plain_run(latents, tmp_path):
-    """To 1e-5 in fp32, and the names in the checkpoint stay plain."""
-    plain = run(latents, tmp_path / "plain", max_train_steps=2)
-    assert_equal(run(latents, tmp_path / "compiled", use_compile=True, max_train_steps=2), plain, tolerance=1e-5)
+    """To 1e-5 in fp32, also where activations are recomputed, and the names in the checkpoint stay plain."""
+    options = dict(max_train_steps=2)
+    plain = run(latents, tmp_path / "plain", **options)
+    options["use_compile"] = True
+    assert_equal(run(latents, tmp_path / "compiled", **options), plain, tolerance=1e-5)
+    options["gradient_checkpointing"] = True
+    assert_equal(run(latents, tmp_path / "recomputed", **options), plain, tolerance=1e-5)
 
 
-def test_training_from_pixels_equals_training_from_encoded_latents(tiny, tmp_path):
+def test_bf16_computes_in_half_precision_and_learns_in_full(latents, tmp_path):
+    """Losses are near those of fp32 and not equal; weights, their average and the optimizer's state are fp32."""
+    run(latents, tmp_path / "fp32")
+    run(latents, tmp_path / "bf16", mixed_precision="bf16")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=2e-2)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    state = torch.load(sorted(tmp_path.glob("bf16/*/resume/*.pt"))[-1])
+    moments = {f"{i}.{name}": v for i, each in state["optimizer"]["state"].items() for name, v in each.items()}
+    assert {v.dtype for part in (state["model"], state["ema"], moments) for v in part.values()} <= {
+        torch.float32,
+        torch.int64,  # how many updates the average has seen
+    }
+
+
+@pytest.mark.parametrize("stills", [0, 2])
+def test_training_from_pixels_equals_training_from_encoded_latents(tiny, tmp_path, stills):
     """latents_path changes what is read, not what is learned (but for the half precision of the files)."""
     from tools.encode_latents import encode
 
@@ -528,6 +556,7 @@ def test_training_from_pixels_equals_training_from_encoded_latents(tiny, tmp_pat
     for source in sorted((ROOT / "datasets" / "demo" / "train").glob("*/*_c01.mp4"))[:2]:
         shutil.copytree(source.parent, data / source.parent.name, ignore=lambda _, names: sorted(names)[3:])
     options = dict(data_path=data, pretrained_model_path=tiny.parent, max_train_steps=2, local_batch_size=2)
+    options["use_image_num"] = stills
     pixels = run("", tmp_path / "pixels", **options)
     encode(config(tmp_path / "latents", tmp_path, **options), Environment(0, 1, torch.device("cpu")))
     assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == 6
