@@ -142,9 +142,10 @@ def train(cfg: TrainConfig) -> None:
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError):  # names, shapes, another number of trained weights
             differ = "; ".join(runs.differences(run, cfg))
-            raise UserError(
-                f"resume_from_checkpoint: {run} has other weights, as it has other options: {differ}"
-            ) from None
+            if not differ:
+                raise
+            message = f"resume_from_checkpoint: {run} has other weights, as it has other options: {differ}"
+            raise UserError(message) from None
     else:
         if cfg.pretrained:
             start_from_pretrained(latte, cfg, diffusion, None if cfg.latents_path else codec, dataset, log)
