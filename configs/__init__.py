@@ -198,7 +198,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values, changes))
     except OmegaConfBaseException as error:
-        where = f"{path or 'command line'}: " + (f"{error.full_key}: " if error.full_key else "")
+        where = f"{path or COMMAND_LINE}: " + (f"{error.full_key}: " if error.full_key else "")
         raise UserError(where + str(error).splitlines()[0]) from None
     _anchor_paths(schema, vars(config), ROOT)
     if getattr(config, "extras", None) == 1:
@@ -223,6 +223,7 @@ def require_path(config: Any, key: str) -> Path:
     return Path(value)
 
 
+COMMAND_LINE = "command line"  # where options come from, beside files
 CACHE_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"
 
 
@@ -269,7 +270,7 @@ def _translate(schema: type, values: dict[str, Any], path: str | Path) -> dict[s
         elif key in BARE_WORDS and key in known:
             ours[key] = BARE_WORDS[key].get(value, value)
         elif key in known:
-            if value is None and known[key].default is not None:
+            if value is None and known[key].default is not None and path != COMMAND_LINE:
                 continue  # an empty line in a YAML file means the default
             ours[key] = value
         elif key in INERT:
@@ -290,7 +291,7 @@ def _parse_overrides(schema: type, overrides: Sequence[str]) -> dict[str, Any]:
         if key.split(".")[0] not in known:
             raise UserError(f"unknown key {key}{_nearest(key, known)}")
     values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    return _translate(schema, values, "command line")
+    return _translate(schema, values, COMMAND_LINE)
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

@@ -72,6 +72,14 @@ def test_bare_no_of_yaml_means_no(tmp_path, text, meant):
     assert load_config(TrainConfig, None, [line.replace(": ", "=")]).resume_from_checkpoint == meant
 
 
+def test_null_on_the_command_line_means_none(tmp_path):
+    """An empty line of a file means the default; whoever types null means it."""
+    assert load_config(SampleConfig, write(tmp_path, "pretrained_model_path:")).pretrained_model_path is not None
+    assert load_config(SampleConfig, None, ["pretrained_model_path=null"]).pretrained_model_path is None
+    with pytest.raises(UserError, match="command line: seed: "):
+        load_config(SampleConfig, None, ["seed=null"])
+
+
 ORIGINAL_TRAINING = """
 dataset: "ucf101_img"
 data_path: "/path/to/datasets/UCF101/videos/"
