@@ -156,6 +156,42 @@ def test_any_number_of_processes_gives_the_same_figures(run, data, networks, tmp
         assert row == pytest.approx(expected, rel=1e-6), metric
 
 
+ONE_GROUP = """
+import sys
+sys.path.insert(0, {root!r})
+from contextlib import nullcontext
+from tools import evaluate
+
+with evaluate.distributed() as env:  # once: processes meet only once in a launch
+    evaluate.distributed = lambda **_: nullcontext(env)
+    for sys.argv[1:] in {commands!r}:
+        evaluate.main()
+"""
+
+
+def test_two_processes_share_out_any_kind_of_clips(run, data, tiny, tmp_path):
+    """mp4 in one folder, folders of frames, and samples: in one launch, one evaluation after the other."""
+    sampled = ["fake_path=null", f"generate={tiny}", "sample.cache.interval=2", "num_fake=6", "batch_size=2"]
+    runs = {"flat": ("_flat", []), "frames": ("_frames", []), "samples": ("", sampled)}
+    alone = {name: run(*more, suffix=suffix) for name, (suffix, more) in runs.items()}
+    fixed = ["feature_path=null", "num_workers=1"]
+    commands = [
+        arguments(tmp_path, data, *more, *fixed, f"output={tmp_path}/{name}.json", suffix=suffix)
+        for name, (suffix, more) in runs.items()
+    ]
+    program = tmp_path / "program.py"
+    program.write_text(ONE_GROUP.format(root=str(ROOT), commands=commands))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*torchrun, program], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for name, expected in alone.items():
+        two = json.loads((tmp_path / f"{name}.json").read_text())
+        assert two["real"] == {key: value for key, value in expected["real"].items() if key != "from_cache"}
+        assert two["fake"] == expected["fake"]
+        assert two["metrics"]["proxy"]["value"] == pytest.approx(expected["metrics"]["proxy"]["value"], rel=1e-5), name
+
+
 def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
     """Sampled in memory, and read from frames that hold the same pixels rounded: the same figure, to the last digit."""
     options = ["num_fake=4", "sample.seed=3", "sample.cache.interval=2"]

@@ -1,7 +1,9 @@
 """tools/common/fidelity.py on clips whose figures are known, and tools/fidelity.py on a tiny model."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import UserError
+from configs import ROOT, UserError
 from sample.pipeline import generate
 from tools import evaluate, fidelity
 from tools.common.distributed import Environment
@@ -257,6 +259,27 @@ def test_neither_batches_nor_processes_change_figures(tiny, measured, tmp_path):
     for seed in range(100, 106):
         assert ours.pairs[twin.name][seed] == pytest.approx(theirs.pairs[twin.name][seed], rel=1e-3)
         assert ours.features[seed] == pytest.approx(theirs.features[seed], rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_give_the_figures_of_one(tiny, real, tmp_path, monkeypatch):
+    """Under torchrun, which shares out the batches of samples and the real clips; one speaks and writes."""
+    options = ["--cache", "N2", "num_clips=6", "seed=100", "controls=False", f"real_path={real}", "real_stride=2"]
+    run(monkeypatch, tiny, tmp_path / "one", *options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "tools/fidelity.py", "--config", tiny, *options, f"output={tmp_path}/two"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("record: ") == 1
+    assert sorted(path.name for path in (tmp_path / "two/clips").glob("*.jsonl")) == ["0.jsonl", "1.jsonl"]
+    one, two = (strict_json(tmp_path / name / "fidelity.json") for name in ("one", "two"))
+    assert two["real"] == one["real"]
+    for ours, theirs in zip(two["rows"], one["rows"], strict=True):
+        assert "processes: 2" in ours["machine"] and ours["speedup"] > 0
+        for key in ("proxy_others", "proxy_real", "proxy_real_interval"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+        for metric, figures in ours["twin"].items():
+            assert figures["each"] == pytest.approx(theirs["twin"][metric]["each"], rel=1e-3), metric
 
 
 def test_controls_of_a_sampler_that_draws_noise_do_not_pair(tiny, tmp_path, monkeypatch, capsys):

@@ -107,7 +107,7 @@ class EvaluateConfig:
     inception: str | None = path_option()
     c3d: str | None = path_option()
     detector_path: str = path_option("pretrained/metrics")
-    feature_path: str | None = path_option("results/features")  # features of real sets, kept for the next run
+    feature_path: str | None = path_option("results/features")  # features of real sets, kept for the next run; null: not
     # reading
     video_reader: str = "pyav"  # pyav | decord
     max_bad_fraction: float = 0.1  # an error when more of the videos read than this are broken
@@ -416,7 +416,7 @@ def table(record: dict[str, Any], cfg: EvaluateConfig) -> str:
         lines.append(f"real: {real['clips']} of {real['videos']} videos in {real['path']}, stride {real['stride']}")
     fake = record["fake"]
     if cfg.generate:
-        origin = f"{cfg.num_fake} seeds {fake['generate']['seed']} ... of {fake['checkpoint']['path']}"
+        origin = f"{cfg.num_fake} samples from seed {fake['generate']['seed']} on, of {fake['checkpoint']['path']}"
     else:
         origin = f"{fake['videos']} videos in {fake['path']}"
     lines.append(f"fake: {fake['clips']} of {origin}, stride {cfg.fake_stride}")
