@@ -239,9 +239,11 @@ def test_more_clips_and_plans_add_to_a_folder(tiny, measured, monkeypatch):
     assert more == {"ddim-6-N1": 2, "ddim-6-N3": 2}
 
 
-def test_other_settings_need_another_folder(tiny, measured, monkeypatch):
+def test_other_settings_need_another_folder(tiny, real, measured, monkeypatch):
+    """Which is said before real clips are read."""
+    monkeypatch.setattr(fidelity, "extract", None)
     with pytest.raises(UserError, match="labels=balanced, not labels=random: choose another output"):
-        run(monkeypatch, tiny, measured, *PLANS, "labels=random")
+        run(monkeypatch, tiny, measured, *PLANS, "labels=random", f"real_path={real}")
 
 
 def test_neither_batches_nor_processes_change_figures(tiny, measured, tmp_path):

@@ -107,7 +107,7 @@ class EvaluateConfig:
     inception: str | None = path_option()
     c3d: str | None = path_option()
     detector_path: str = path_option("pretrained/metrics")
-    feature_path: str | None = path_option("results/features")  # features of real sets, kept for the next run; null: not
+    feature_path: str | None = path_option("results/features")  # where those of real sets are kept; null: nowhere
     # reading
     video_reader: str = "pyav"  # pyav | decord
     max_bad_fraction: float = 0.1  # an error when more of the videos read than this are broken
