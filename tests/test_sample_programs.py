@@ -74,7 +74,7 @@ def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, 
     uncached, n2, n3 = json.loads((tmp_path / "sample.json").read_text())["runs"]
     assert uncached["plan"]["cached_steps"] == 0 and "psnr" not in uncached
     assert n2["plan"]["cached_steps"] == 3 and n2["plan"]["macs"] < uncached["plan"]["macs"]
-    assert n3["plan"]["cache"] == {"interval": 3, "start": 900, "stop": 50, "depth": 2}
+    assert n3["plan"]["cache"] == {"interval": 3, "start": 900, "stop": 50, "depth": 2, "order": 0}
     for figures in (n2, n3):
         assert figures["speedup"] > 0 and 10 < figures["psnr"] < 100 and 0.5 < figures["ssim"] <= 1
     table = capsys.readouterr().out.splitlines()[-6:-2]
