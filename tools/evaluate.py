@@ -40,7 +40,6 @@ from typing import Any, NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -277,7 +276,7 @@ def extract(source: Files | Samples, networks: Networks, cfg: EvaluateConfig, en
             usable = [clip for clip in read if isinstance(clip, Tensor)]
             outputs = {name: network(torch.stack(usable)).cpu() for name, network in networks.items() if usable}
             found.append((batch.start, outputs, [clip for clip in read if isinstance(clip, BadClip)]))
-        for _, outputs, bad in sorted(gather(found, env), key=lambda batch: batch[0]):
+        for _, outputs, bad in sorted(env.gather(found), key=lambda batch: batch[0]):
             rows += [outputs] if outputs else []
             failed += bad
         seen = indices.stop
@@ -297,15 +296,6 @@ def check_broken(key: str, broken: list[str], seen: int, cfg: EvaluateConfig) ->
     if len(broken) > cfg.max_bad_fraction * seen:
         rule = f"max_bad_fraction={cfg.max_bad_fraction}"
         raise UserError(f"{key}: {len(broken)} of {seen} videos are broken, {rule}: {summary(broken)}")
-
-
-def gather(items: list[T], env: Environment) -> list[T]:
-    """The items of all processes, on each."""
-    if env.world_size == 1:
-        return items
-    shares: list[Any] = [None] * env.world_size
-    dist.all_gather_object(shares, items)
-    return [item for share in shares for item in share]
 
 
 def real_features(

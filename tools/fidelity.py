@@ -158,8 +158,9 @@ def main() -> None:
         runs = {UNCACHED: twin}  # what the table calls it -> cell
         for cell in cells:
             runs[cell.plan] = cell
-            if cfg.controls:
-                runs[f"control of {cell.plan}"] = replace(twin, steps=round(twin.steps * plan_of(cell).share))
+            control = replace(twin, steps=round(twin.steps * plan_of(cell).share))
+            if cfg.controls and control not in runs.values():  # plans that cost the same share one
+                runs[f"control of {cell.plan}"] = control
         tasks = [Task(cell, twin) for cell in dict.fromkeys(runs.values())]
         rows, real = run(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
