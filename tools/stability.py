@@ -94,6 +94,19 @@ def main() -> None:
     print(f"figures and record: {args.output}")
 
 
+def named_checkpoints(wanted: list[str]) -> dict[str, str]:
+    """NAME=CKPT each -> files by name."""
+    files = dict(item.partition("=")[::2] for item in wanted)
+    if len(files) < len(wanted) or not all(files.values()):
+        raise UserError(f"--model {' --model '.join(wanted)}: expected NAME=CKPT, each name once")
+    return files
+
+
+def count_skips(ckpt: str) -> int:
+    """Skip branches of a checkpoint."""
+    return sum(key.startswith("skip_linears.") and key.endswith(".weight") for key in load_state_dict(ckpt))
+
+
 def configure(
     cfg: SampleConfig, wanted: list[str] | None, device: torch.device
 ) -> tuple[CacheOptions, dict[str, SampleConfig]]:
@@ -101,10 +114,7 @@ def configure(
 
     wanted: NAME=CKPT each; None: the model of `cfg`.
     """
-    wanted = wanted or [f"{cfg.model}={cfg.ckpt or require_path(cfg, 'ckpt')}"]
-    files = dict(item.partition("=")[::2] for item in wanted)
-    if len(files) < len(wanted) or not all(files.values()):
-        raise UserError(f"--model {' --model '.join(wanted)}: expected NAME=CKPT, each name once")
+    files = named_checkpoints(wanted or [f"{cfg.model}={cfg.ckpt or require_path(cfg, 'ckpt')}"])
     cache = resolve(cfg, device).cache
     if cache.interval == 1:
         cache = replace(cache, interval=INTERVAL)
@@ -114,7 +124,7 @@ def configure(
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
     models = {}
     for name, ckpt in files.items():
-        skips = sum(key.startswith("skip_linears.") and key.endswith(".weight") for key in load_state_dict(ckpt))
+        skips = count_skips(ckpt)
         own = cache if skips else replace(cache, interval=1)
         models[name] = resolve(replace(cfg, ckpt=ckpt, num_skips=skips, cache=own), device)
     return cache, models
