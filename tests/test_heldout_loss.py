@@ -56,7 +56,8 @@ def test_table_has_means_and_paired_differences():
 
 def test_program(cfg, twins, tiny, monkeypatch, capsys):
     models = [text for name, file in twins.items() for text in ("--model", f"{name}={file}")]
-    options = [*SIZES, f"data_path={TEST_CLIPS}", f"pretrained_model_path={tiny.parent}", "num_skips=null", "learn_sigma=True"]
+    options = [*SIZES, f"data_path={TEST_CLIPS}", f"pretrained_model_path={tiny.parent}"]
+    options += ["num_skips=null", "learn_sigma=True"]  # not the demo's
     argv = ["heldout_loss.py", *models, "--clips", "2", "--timesteps", "2", *options]
     monkeypatch.setattr(sys, "argv", argv)
     heldout_loss.main()
