@@ -113,8 +113,11 @@ class SkipCache:
             out, deep = self.full(self.model, self.depth, x, t, y)
             self.deep.appendleft(deep)
             return out
-        deep = sum(weight * deep.float() for weight, deep in zip(weights, self.deep, strict=True))
-        return self.cached(self.model, self.depth, x, t, y, deep.to(self.deep[0].dtype))
+        deep = self.deep[0]
+        if len(weights) > 1:
+            forecast = sum(weight * each.float() for weight, each in zip(weights, self.deep, strict=True))
+            deep = forecast.to(deep.dtype)
+        return self.cached(self.model, self.depth, x, t, y, deep)
 
 
 def check_cache_depth(num_skips: int, depth: int) -> None:
