@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from configs import UserError
-from datasets.clips import ClipDataset, read_image, read_usable
+from datasets.clips import ClipDataset, read_usable
+from datasets.readers import read_image
 
 
 class WithStills(Dataset):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError, require_path
-from datasets.clips import BadClip, Choose
+from datasets.readers import BadClip, Choose
 
 SUFFIX = ".safetensors"
 RECORD = "latents.json"  # beside them: what they were made from

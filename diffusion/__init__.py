@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import UserError
+from configs import DiffusionOptions, UserError
 from diffusion import losses, sampling
 from diffusion.schedule import NOISE_SCHEDULES, Schedule, space_timesteps
 
@@ -26,13 +26,10 @@ class Diffusion(Schedule):
     (B, ..., C, H, W), or 2C channels when the variance is learned. Holds constants only, so runs share nothing.
     """
 
-    def __init__(
-        self, original_betas: np.ndarray, timestep_map: list[int], prediction: str, learn_sigma: bool, sigma_small: bool
-    ):
+    def __init__(self, original_betas: np.ndarray, timestep_map: list[int], prediction: str, learn_sigma: bool):
         super().__init__(original_betas, timestep_map)
         self.prediction = prediction
         self.learn_sigma = learn_sigma
-        self.sigma_small = sigma_small
 
     def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """A model's output as prediction and, when it is learned, variance, each shaped like x."""
@@ -61,7 +58,7 @@ class Diffusion(Schedule):
         if self.learn_sigma:  # between the two bounds, Nichol & Dhariwal 2021, eq. 15
             log_variance = torch.lerp(c.posterior_log_variance, c.beta_log_variance, (variance + 1) / 2)
         else:
-            log_variance = (c.posterior_log_variance if self.sigma_small else c.large_log_variance).expand_as(x)
+            log_variance = c.large_log_variance.expand_as(x)
         mean, _, _ = self.q_posterior_mean_variance(x_start, x, t)
         return {"mean": mean, "variance": log_variance.exp(), "log_variance": log_variance, "pred_xstart": x_start}
 
@@ -91,12 +88,11 @@ def create_diffusion(
     noise_schedule: str = "linear",
     prediction: str = "eps",
     learn_sigma: bool = True,
-    sigma_small: bool = False,
     diffusion_steps: int = 1000,
 ) -> Diffusion:
     """Make the diffusion a model was trained with, over all of its timesteps or some (`schedule.space_timesteps`).
 
-    A variance that is not learned is the posterior's (sigma_small) or beta. Raises UserError on an unknown name.
+    A variance that is not learned is beta. Raises UserError on an unknown name.
     """
     if noise_schedule not in NOISE_SCHEDULES:
         raise UserError(f'unknown noise_schedule "{noise_schedule}"; valid are {", ".join(NOISE_SCHEDULES)}')
@@ -107,5 +103,11 @@ def create_diffusion(
         space_timesteps(diffusion_steps, timestep_respacing),
         prediction,
         learn_sigma,
-        sigma_small,
+    )
+
+
+def make_diffusion(options: DiffusionOptions, timestep_respacing: str | int = "") -> Diffusion:
+    """The noise process of `options` (which also say learn_sigma): all of its timesteps, for training, or some."""
+    return create_diffusion(
+        timestep_respacing, options.noise_schedule, options.prediction, options.learn_sigma, options.diffusion_steps
     )

@@ -1,10 +1,13 @@
 """Models by name: `get_models(args)`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
-from configs import UserError
+import torch
+
+from configs import ModelOptions, UserError
 from models.latte import Latte
 
 SIZES = {  # depth, hidden_size, num_heads
@@ -45,6 +48,17 @@ def parse_name(name: str) -> Variant:
     depth, hidden_size, num_heads = SIZES[size or "XL"]
     num_skips = PARTIAL_SKIPS if partial else depth // 4 if skip else 0
     return Variant(depth, hidden_size, num_heads, int(patch or 2), num_skips, int(interval or 2) if cache else 1)
+
+
+def meta_model(options: ModelOptions) -> Latte:
+    """The model of `options` without weights, on the meta device. Models of equal options are one object."""
+    return _meta_model(tuple((each.name, getattr(options, each.name)) for each in fields(ModelOptions)))
+
+
+@cache
+def _meta_model(options: tuple[tuple[str, Any], ...]) -> Latte:
+    with torch.device("meta"):
+        return get_models(ModelOptions(**dict(options)))
 
 
 def get_models(args: Any) -> Latte:

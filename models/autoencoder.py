@@ -7,29 +7,35 @@ import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
 from configs import UserError, require_path
 from models import LATENT_DOWNSAMPLE
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
-def vae_weights(folder: str | Path) -> Path:
-    """The file of weights that a diffusers folder is read from.
+
+def find_weights(folder: str | Path) -> Path:
+    """The file of weights in a diffusers folder.
 
     Raises:
-        UserError: no such folder.
+        UserError: there is no VAE in `folder`.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path to yours")
-    safe = folder / SAFETENSORS_WEIGHTS_NAME
-    return safe if safe.is_file() else folder / WEIGHTS_NAME
+    safe = folder / "diffusion_pytorch_model.safetensors"
+    return safe if safe.is_file() else safe.with_suffix(".bin")
+
+
+def vae_file(cfg: Any) -> Path:
+    """The weights of the VAE that `cfg` (configs.AutoencoderOptions) names; UserError if there are none."""
+    return find_weights(require_path(cfg, "pretrained_model_path") / cfg.vae)
 
 
 class LatentCodec:
@@ -39,7 +45,7 @@ class LatentCodec:
     `chunk_frames` frames pass the VAE at once: memory does not grow with the batch, and the result is the same.
     """
 
-    def __init__(self, vae: AutoencoderKL, chunk_frames: int = 16):
+    def __init__(self, vae: "AutoencoderKL", chunk_frames: int = 16):
         self.vae = vae.eval().requires_grad_(False)
         self.scale: float = vae.config.scaling_factor
         self.chunk_frames = chunk_frames
@@ -57,7 +63,9 @@ class LatentCodec:
         Raises:
             UserError: no such folder, damaged weights, or weights of another model. Nothing in the files is executed.
         """
-        weights = vae_weights(folder)
+        from diffusers import AutoencoderKL  # slow to import
+
+        weights = find_weights(folder)
         try:
             vae, info = AutoencoderKL.from_pretrained(
                 folder,
@@ -126,7 +134,7 @@ def load_codec(cfg: Any, device: torch.device) -> LatentCodec:
     Raises:
         UserError: no VAE there, or one whose latents are not the model's.
     """
-    folder = require_path(cfg, "pretrained_model_path") / cfg.vae
+    folder = vae_file(cfg).parent
     codec = LatentCodec.from_pretrained(folder, device, chunk_frames=cfg.vae_chunk_frames)
     channels = codec.vae.config.latent_channels
     if (codec.downsample, channels) != (LATENT_DOWNSAMPLE, cfg.in_channels):

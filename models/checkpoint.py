@@ -1,12 +1,8 @@
 """Weights on disk: read strictly, whatever a file turns out to be, and written atomically."""
 
-import hashlib
 import math
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.files import atomic_path
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, optional: str | None = None) -> list[str]:
@@ -84,31 +81,6 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex; a process reads one that does not change only once."""
-    stat = _existing(path).stat()
-    return _file_hash(Path(path).absolute(), stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path to write to, in the (created) folder of `path`, which takes the place of `path` if all went well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no glob("*.mp4") finds it
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class StrictHubMixin(PyTorchModelHubMixin):

@@ -159,7 +159,7 @@ class Latte(nn.Module, StrictHubMixin):
         return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=size, w=size, p=p, q=p)
 
     def set_attention(self, mode: str) -> None:
-        """`sdpa` (torch's fused kernel) or `math` (plain products); see `fastest_attention`."""
+        """`sdpa` (torch's fused kernel) or `math` (plain products); see hardware.fastest_attention."""
         for block in self.blocks:
             block.attn.fused_attn = mode == "sdpa"
 
@@ -180,11 +180,6 @@ class Latte(nn.Module, StrictHubMixin):
             nn.init.zeros_(module.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
-
-
-def fastest_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that measured fastest: a CPU's fused kernel loses to plain products in bf16."""
-    return "math" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 @torch.no_grad()

@@ -9,30 +9,21 @@ Letters: B batch, F frames, C channels of the latents, h = w = H / 8.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import CacheOptions, SampleConfig, UserError, choice, require_path
-from diffusion import Diffusion, create_diffusion
+from configs import SampleConfig, check_options, require_path
+from configs.errors import UserError
+from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
-from diffusion.sampling import SAMPLERS
-from models import get_models, parse_name
+from models import get_models, meta_model
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint
-from models.latte import Latte, fastest_attention
-from models.skip_cache import (
-    SkipCache,
-    cached_step,
-    check_cache_depth,
-    compile_steps,
-    forecast_weights,
-    full_step,
-    interval_plan,
-)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from models.hardware import DTYPES, choose_precision, fastest_attention
+from models.latte import Latte
+from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
+from sample.plans import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,7 @@ class Pipeline:
     codec: LatentCodec
     diffusion: Diffusion
     device: torch.device
+    plan: Plan  # that of cfg
     uncached: Callable[..., Tensor]  # the model, or its compiled form
     steps: tuple[Callable, Callable] = (full_step, cached_step)  # what SkipCache calls, or their compiled forms
 
@@ -52,35 +44,37 @@ def generate(
     pipe: Pipeline,
     seeds: Sequence[int],
     labels: Sequence[int] | None,
-    cache: CacheOptions | None = None,
+    plan: Plan | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Videos (B, F, 3, H, W) in [-1, 1]; see `sample_latents`."""
-    return pipe.codec.decode(sample_latents(pipe, seeds, labels, cache, on_step))
+    return pipe.codec.decode(sample_latents(pipe, seeds, labels, plan, on_step))
 
 
 def sample_latents(
     pipe: Pipeline,
     seeds: Sequence[int],
     labels: Sequence[int] | None,
-    cache: CacheOptions | None = None,
+    plan: Plan | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Latents (B, F, C, h, w) in fp32, one clip a seed: the same clip whatever else is in the batch.
 
-    labels: one a seed; None for a model without classes.
-    cache: the plan, None: that of pipe.cfg. Two plans with the same seeds give clips that pair.
-    on_step: called after each step, for a progress bar.
+    Args:
+        labels: one a seed; None for a model without classes.
+        plan: None: that of the pipeline. Two plans with the same seeds give clips that pair.
+        on_step: called after each step, for a progress bar.
 
     Raises:
         UserError: latents that are not finite.
     """
-    cfg, model, cache = pipe.cfg, pipe.model, cache or pipe.cfg.cache
+    cfg, model, plan = pipe.cfg, pipe.model, plan or pipe.plan
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
     y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
 
-    plan = plan_steps(pipe.diffusion, cache)
-    denoiser = pipe.uncached if all(plan) else SkipCache(model, plan, cache.depth, cache.order, pipe.steps)
+    denoiser = pipe.uncached
+    if plan.cached_steps:
+        denoiser = SkipCache(model, plan.full, plan.cache.depth, plan.cache.order, pipe.steps)
     denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
     for out in pipe.diffusion.sample_loop_progressive(
         denoiser,
@@ -106,14 +100,9 @@ def check_finite(latents: Tensor, seeds: Sequence[int], precision: str) -> None:
         raise UserError(f"the model's latents of seeds {list(seeds)} are not finite in {precision}; {hint}")
 
 
-def plan_steps(diffusion: Diffusion, cache: CacheOptions) -> list[bool]:
-    """For each step, from noise to clean, whether it runs in full."""
-    return interval_plan(diffusion.timestep_map[::-1], cache.interval, cache.start, cache.stop)
-
-
 def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     """The checkpoint and the VAE of a resolved configuration, on `device`."""
-    checkpoint, codec = cfg.ckpt or require_path(cfg, "ckpt"), load_codec(cfg, device)
+    checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
     with torch.device("meta"):  # no time for initial values: the checkpoint has them all
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)
@@ -124,22 +113,18 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
         cfg=cfg,
         model=model,
         codec=codec,
-        diffusion=make_diffusion(cfg),
+        diffusion=make_diffusion(cfg, cfg.num_sampling_steps),
         device=device,
+        plan=make_plan(cfg),
         uncached=torch.compile(model, fullgraph=True) if cfg.use_compile else model,
         steps=compile_steps() if cfg.use_compile else (full_step, cached_step),
     )
 
 
-def make_diffusion(cfg: SampleConfig) -> Diffusion:
-    """The noise process over the steps that are sampled."""
-    return create_diffusion(
-        str(cfg.num_sampling_steps),
-        cfg.noise_schedule,
-        cfg.prediction,
-        cfg.learn_sigma,
-        diffusion_steps=cfg.diffusion_steps,
-    )
+def with_steps(pipe: Pipeline, num_sampling_steps: int) -> Pipeline:
+    """The same pipeline with another number of sampling steps."""
+    cfg = replace(pipe.cfg, num_sampling_steps=num_sampling_steps)
+    return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, num_sampling_steps), plan=make_plan(cfg))
 
 
 def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
@@ -148,53 +133,17 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
     Raises:
         UserError: options that contradict each other, as far as they show without weights.
     """
-    choice("sample_method", cfg.sample_method, list(SAMPLERS))
-    choice("attention_mode", cfg.attention_mode, ["auto", "sdpa", "math"])
-    for key in ("num_sampling_steps", "per_proc_batch_size", "samples_per_class", "num_fvd_samples"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}: {getattr(cfg, key)} is less than 1")
-    with torch.device("meta"):
-        model = get_models(cfg)
+    check_options(cfg)
+    model = meta_model(cfg)
     if cfg.cfg_scale != 1 and (model.num_classes is None or not cfg.class_dropout_prob):
         lacks = "classes" if model.num_classes is None else "null label (class_dropout_prob is 0)"
         raise UserError(f"cfg_scale: {cfg.cfg_scale} asks for guidance, but this model has no {lacks}; use cfg_scale=1")
-    cache = cfg.cache
-    if cache.interval is None:
-        cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
-    if cache.interval > 1:
-        check_cache_depth(model.num_skips, cache.depth)
-    forecast_weights(plan_steps(make_diffusion(cfg), cache), cache.order)  # raises where they make no sense
-    precision = choose_precision(cfg, device)
+    precision = choose_precision(cfg.precision, cfg.use_fp16, device)
     automatic = fastest_attention(device, DTYPES[precision])
-    return replace(
+    cfg = replace(
         cfg,
         num_classes=model.num_classes,
         precision=precision,
         attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
-        cache=cache,
     )
-
-
-def choose_precision(cfg: SampleConfig, device: torch.device) -> str:
-    """The type of the weights; the sampler's state is fp32 whatever it is."""
-    choice("precision", cfg.precision, ["auto", *DTYPES])
-    if cfg.precision == "fp16" and device.type == "cpu":
-        raise UserError("precision: fp16 runs in software on a CPU, slower than fp32 by far; use auto, bf16 or fp32")
-    if cfg.precision != "auto":
-        return cfg.precision
-    if cfg.use_fp16 and device.type == "cuda":
-        return "fp16"
-    return "bf16" if has_bf16_units(device) else "fp32"
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products are computed in hardware; where they are not, they run, but slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """The instruction sets of the CPU, as Linux names them; none on other systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return replace(cfg, cache=make_plan(cfg).cache)

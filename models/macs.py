@@ -4,15 +4,15 @@ Ours are torch's flop counter divided by two: all matrix products and convolutio
 (The paper leaves the attention's out, and counts the conditioning once a frame and token.)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import ModelOptions
-from models import get_models
+from models import meta_model
+from models.latte import Latte
 from models.skip_cache import cached_step, full_step
 
 
@@ -24,25 +24,25 @@ class StepMacs:
     cached: int  # of a model without skips: full
 
 
-def step_macs(options: Any, depth: int = 1) -> StepMacs:
-    """What a full step and a cached step with `depth` outer layers cost; `options` are those of get_models."""
-    return _count(tuple((field.name, getattr(options, field.name)) for field in fields(ModelOptions)), depth)
+def step_macs(options: ModelOptions, depth: int = 1) -> StepMacs:
+    """MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`."""
+    return _count(meta_model(options), depth)
 
 
 @cache
-def _count(options: tuple[tuple[str, Any], ...], depth: int) -> StepMacs:
+@torch.no_grad()
+def _count(model: Latte, depth: int) -> StepMacs:
     with torch.device("meta"):
-        model = get_models(ModelOptions(**dict(options)))
         x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
         t = torch.empty(1, dtype=torch.long)
         y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
     model.set_attention("math")  # the counter does not see inside the fused kernel
 
-    with torch.no_grad(), FlopCounterMode(display=False) as full:
+    with FlopCounterMode(display=False) as full:
         _, deep = full_step(model, depth, x, t, y)
     if not model.num_skips:
         return StepMacs(full.get_total_flops() // 2, full.get_total_flops() // 2)
-    with torch.no_grad(), FlopCounterMode(display=False) as cached:
+    with FlopCounterMode(display=False) as cached:
         cached_step(model, depth, x, t, y, deep)
     return StepMacs(full.get_total_flops() // 2, cached.get_total_flops() // 2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs import UserError
-from models.checkpoint import atomic_path
+from configs.files import atomic_path
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -1,6 +1,5 @@
 """One process alone, or one of many under torchrun: `with distributed() as env: ...`."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from configs import UserError
+from configs import UserError, cli
+from models.hardware import local_device
 
 T = TypeVar("T")
 
@@ -54,22 +54,6 @@ class Environment:
         return result[0]
 
 
-def local_device() -> torch.device:
-    """The GPU of this process, which becomes the current one; the CPU on a machine without GPUs.
-
-    Raises:
-        UserError: more processes on this node than GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {local_rank} has no GPU: start at most {torch.cuda.device_count()} on this node")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environment]:
     """Joins the process group that torchrun started (nccl on CUDA, gloo on a CPU), or stands alone without one.
@@ -80,11 +64,11 @@ def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environm
     Args:
         timeout: how long a process waits for another before it gives up.
     """
-    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), local_device()
+    world_size, device = cli.world_size(), local_device()
     if world_size > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
-    environment = Environment(int(os.environ.get("RANK", 0)), world_size, device)
+    environment = Environment(cli.rank(), world_size, device)
     yield environment
     environment.barrier()
     if world_size > 1:

@@ -1,0 +1,20 @@
+"""Tables as text: Markdown that is also legible as it stands."""
+
+from collections.abc import Mapping, Sequence
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A row for each mapping of column titles to cells. Columns that are empty in all rows are left out.
+
+    The first column is aligned to the left, the others to the right; a missing cell is shown as a dash.
+    """
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    titles = [title for title in titles if any(row.get(title) for row in rows)]
+    lines = [titles, *([row.get(title) or "–" for title in titles] for row in rows)]
+    widths = [max(3, *map(len, cells)) for cells in zip(*lines, strict=True)]
+    ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        for cells in (lines[0], ruler, *lines[1:])
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)

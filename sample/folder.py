@@ -1,0 +1,123 @@
+"""A folder of samples: the names and labels of its clips, its record, and what is missing from it."""
+
+import json
+import platform
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import SampleConfig, require_path
+from configs.errors import UserError
+from configs.files import check_same_settings, file_hash, write_json
+from models.autoencoder import vae_file
+from models.hardware import describe_machine
+from sample.plans import Plan
+
+SAMPLE_RECORD = "sample.json"  # of sample.py: a folder for each plan lies beside it
+DDP_RECORD = "sample_ddp.json"  # of sample_ddp.py: its clips lie beside it
+SUMMARIES = ("grid.mp4", "grid.gif", "compare.mp4")  # videos of many clips, which sample.py writes beside them
+INCIDENTAL = {  # options that change no clip
+    "ckpt", "pretrained_model_path", "vae",  # their hashes are compared
+    "save_video_path", "num_fvd_samples", "per_proc_batch_size", "vae_chunk_frames", "attention_mode", "use_compile",
+    "use_fp16",  # resolved into precision
+    "dataset", "data_path", "sample_names", "samples_per_class",
+}  # fmt: skip
+
+
+def video_path(folder: Path, seed: int, class_name: str = "") -> Path:
+    """The file of a clip: `{seed}.mp4`, or `{seed}_{class}.mp4`."""
+    return folder / (f"{seed:06d}" + (f"_{class_name}" if class_name else "") + ".mp4")
+
+
+def labels_of(seeds: Sequence[int], cfg: SampleConfig) -> list[int] | None:
+    """The classes of the clips of sample_ddp.py. A clip's class follows from its seed alone; None without classes."""
+    if cfg.num_classes is None:
+        return None
+    if cfg.labels == "balanced":
+        return [seed % cfg.num_classes for seed in seeds]
+    return [random.Random(f"label of {seed}").randrange(cfg.num_classes) for seed in seeds]
+
+
+def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
+    """The beginning of the JSON record of every run: enough to repeat the run and to judge its numbers."""
+    return {
+        "config": asdict(cfg),
+        "vae": {"path": str(vae_file(cfg).parent), "sha256": file_hash(vae_file(cfg))},
+        "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(require_path(cfg, "ckpt"))},
+        "machine": describe_machine(device),
+        "device": device.type,  # CUDA draws other noise than a CPU
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},
+    }
+
+
+def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings that two runs share if a seed is the same clip in both; `record` is that of `make_record`."""
+    config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
+    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record}  # early ones had no vae
+    return config | hashes | {"device": record["device"]}
+
+
+def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, device: torch.device) -> list[int]:
+    """Writes the record of a new folder of sample_ddp.py, or checks the one that is there.
+
+    Returns:
+        The seeds whose clips are missing.
+
+    Raises:
+        UserError: the folder holds clips of other settings.
+    """
+    path, seeds = folder / DDP_RECORD, range(cfg.seed, cfg.seed + cfg.num_fvd_samples)
+    record = make_record(cfg, device) | {"plan": plan.record(), "labels": labels_of(seeds, cfg), "runs": []}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        check_same_settings(clip_settings(earlier), clip_settings(record), "save_video_path", folder)
+        record["runs"] = earlier["runs"]
+        if cfg.num_fvd_samples < earlier["config"]["num_fvd_samples"]:
+            record = earlier  # it describes more clips than are asked for now
+    elif any(folder.glob("[0-9]*.mp4")):
+        raise UserError(f"{folder} holds videos of unknown settings (no {DDP_RECORD}): choose another save_video_path")
+    for leftover in folder.glob("*.tmp*"):  # of a killed process
+        leftover.unlink()
+    write_json(path, record)
+    return [seed for seed in seeds if not video_path(folder, seed).exists()]
+
+
+def clips_of_one_plan(videos: list[Path], root: Path, key: str) -> list[Path]:
+    """Those of `videos` below `root` that are single clips of one plan.
+
+    Args:
+        key: the option that gives `root`, for the error.
+
+    Raises:
+        UserError: `root` holds clips of several plans.
+    """
+    videos = [path for path in videos if path.name not in SUMMARIES]
+    if (root / DDP_RECORD).exists():
+        return [path for path in videos if path.parent == root]
+    if (root / SAMPLE_RECORD).exists():
+        plans = ", ".join(sorted({str(path.parent) for path in videos}))
+        raise UserError(f"{key}: {root} holds clips of sample.py, a folder for each plan; give one of {plans}")
+    return videos
+
+
+def labelled_clips(folder: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The clips in a folder that sample_ddp.py wrote, or in a plan's folder of sample.py, and their labels.
+
+    Raises:
+        UserError: there are no clips, or a clip has none of `class_names`.
+    """
+    files = sorted(folder.glob("[0-9]*.mp4"))
+    if (folder / DDP_RECORD).exists():
+        record = json.loads((folder / DDP_RECORD).read_text())
+        labels = [record["labels"][int(file.stem) - record["config"]["seed"]] for file in files]
+    else:
+        named = [file.stem.partition("_")[2] for file in files]
+        labels = [class_names.index(name) for name in named if name in class_names]
+    if not files or len(labels) < len(files) or max(labels) >= len(class_names):
+        raise UserError(f"samples_path: {folder} holds no samples of {', '.join(class_names)}, or of other classes too")
+    return files, labels

@@ -1,0 +1,119 @@
+"""Plans: which steps of a sampling run run in full. Options are parsed, checked, named and costed here, once a run."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from configs import CacheOptions, SampleConfig
+from configs.errors import UserError
+from diffusion import make_diffusion
+from models import meta_model, parse_name
+from models.macs import readable, step_macs
+from models.skip_cache import check_cache_depth, forecast_weights, interval_plan
+from sample.options import PLAN_FORM
+
+UNCACHED = CacheOptions(interval=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sampling run runs, step by step, and what it costs.
+
+    MACs are those of one clip: all its steps, with guidance, without the VAE.
+    """
+
+    name: str  # "uncached", or what --cache takes
+    cache: CacheOptions
+    full: tuple[bool, ...]  # for each step, from noise to clean: whether it runs in full
+    macs: int
+    macs_uncached: int
+
+    @property
+    def full_steps(self) -> int:
+        return sum(self.full)
+
+    @property
+    def cached_steps(self) -> int:
+        return len(self.full) - sum(self.full)
+
+    @property
+    def share(self) -> float:
+        """MACs over those of the uncached run; the inverse is the expected speed-up."""
+        return self.macs / self.macs_uncached
+
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON; `steps` has a letter for each step, F for full and c for cached."""
+        return {
+            "name": self.name,
+            "cache": asdict(self.cache),
+            "steps": "".join("F" if full else "c" for full in self.full),
+            "full_steps": self.full_steps,
+            "cached_steps": self.cached_steps,
+            "macs": self.macs,
+            "macs_uncached": self.macs_uncached,
+        }
+
+
+def parse_plan(text: str) -> CacheOptions:
+    """`uncached`, `N2`, `N2-900-50`, `N2-900-50-b1` or `N2-900-50-b1-o1`; what is left out is the default."""
+    if text == plan_name(UNCACHED):
+        return UNCACHED
+    match = re.fullmatch(
+        r"N(?P<interval>\d+)(-(?P<start>\d+)-(?P<stop>\d+))?(-b(?P<depth>\d+))?(-o(?P<order>\d+))?", text
+    )
+    if not match:
+        raise UserError(f"--cache {text}: expected {PLAN_FORM}, as in N2-900-50 or N4-o1")
+    return CacheOptions(**{key: int(value) for key, value in match.groupdict().items() if value is not None})
+
+
+def plan_name(cache: CacheOptions) -> str:
+    """`uncached`, or the shortest text that `parse_plan` reads as `cache`: N2, N2-800-100-b3, N4-o1."""
+    if cache.interval == 1:
+        return "uncached"
+    default = CacheOptions()
+    window = "" if (cache.start, cache.stop) == (default.start, default.stop) else f"-{cache.start}-{cache.stop}"
+    depth = "" if cache.depth == default.depth else f"-b{cache.depth}"
+    return f"N{cache.interval}{window}{depth}" + ("" if cache.order == default.order else f"-o{cache.order}")
+
+
+def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
+    """The plan of `cache` (None: that of `cfg`) for the model, the sampler and the guidance of `cfg`.
+
+    Raises:
+        UserError: the model cannot be cached so, or the options make no sense.
+    """
+    cache = cache or cfg.cache
+    if cache.interval is None:
+        cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
+    if cache.interval > 1:
+        check_cache_depth(meta_model(cfg).num_skips, cache.depth)
+    timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
+    full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
+    forecast_weights(full, cache.order)  # raises for an order that makes no sense
+    step = step_macs(cfg, 1 if all(full) else cache.depth)
+    rows = 1 if cfg.cfg_scale == 1 else 2  # guidance runs each clip with its label and without
+    macs = rows * (sum(full) * step.full + (len(full) - sum(full)) * step.cached)
+    return Plan(plan_name(cache), cache, tuple(full), macs, rows * len(full) * step.full)
+
+
+def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
+    """A plan in one line: its steps, its MACs, and the expected speed-up."""
+    guidance = "" if cfg.cfg_scale == 1 else f" with guidance {cfg.cfg_scale:g}"
+    line = f"plan: {plan.name}, {cfg.sample_method} {len(plan.full)}{guidance}: {plan.full_steps} full and "
+    line += f"{plan.cached_steps} cached steps; {readable(plan.macs)} a clip"
+    if plan.cached_steps:
+        uncached = readable(plan.macs_uncached)
+        line += f", {plan.share:.1%} of uncached ({uncached}); expected speed-up {1 / plan.share:.2f}x"
+    return line
+
+
+def describe_run(cfg: SampleConfig, plans: Sequence[Plan], device: torch.device) -> list[str]:
+    """What will run, a line each: the model, then the plans."""
+    size = sum(p.numel() for p in meta_model(cfg).parameters())
+    return [
+        f"model: {cfg.model}, {size:,} parameters, {cfg.precision} on {device.type}, attention {cfg.attention_mode}",
+        *(describe_plan(cfg, plan) for plan in plans),
+    ]
