@@ -75,6 +75,11 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in content.items()}
 
 
+def count_skips(path: str | Path) -> int:
+    """Number of long skip branches of the model whose weights are at `path`."""
+    return sum(name.startswith("skip_linears.") and name.endswith(".weight") for name in load_state_dict(path))
+
+
 def save_checkpoint(path: str | Path, **state: Any) -> None:
     """Writes `state` (ema=..., model=...) with torch.save; the file appears whole or not at all, also after a crash."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:

@@ -58,7 +58,9 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
 def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The settings that two runs share if a seed is the same clip in both; `record` is that of `make_record`."""
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
-    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record}  # early ones had no vae
+    hashes = {
+        key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record
+    }  # early ones had no vae
     return config | hashes | {"device": record["device"]}
 
 

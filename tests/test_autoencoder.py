@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 from configs import ROOT, UserError
 from models.autoencoder import LatentCodec
-from tools.train_autoencoder import (
+from tools.demo.train_autoencoder import (
     AutoencoderConfig,
     PerceptualDistance,
     create_autoencoder,
@@ -217,7 +217,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(clips, tmp_path, monke
             raise KeyboardInterrupt
         return loss_terms(*args)
 
-    import tools.train_autoencoder as trainer
+    import tools.demo.train_autoencoder as trainer
 
     loss_terms = trainer.loss_terms
     monkeypatch.setattr(trainer, "loss_terms", killed_at_the_fourth_step)

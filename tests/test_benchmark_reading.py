@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from configs import ROOT, TrainConfig, UserError, load_config
-from datasets.clips import read_video
+from datasets.readers import read_video
 from tools import benchmark_reading as program
-from tools.common.distributed import Environment
+from sample.distributed import Environment
 from tools.encode_latents import encode
 
 FAST = ["num_frames=4", "image_size=16", "local_batch_size=2"]

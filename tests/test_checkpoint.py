@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from configs import UserError
-from models.checkpoint import atomic_path, file_hash, load_checkpoint, load_state_dict, save_checkpoint
+from configs.files import atomic_path, file_hash
+from models.checkpoint import load_checkpoint, load_state_dict, save_checkpoint
 from models.latte import Latte
 
 SIZE = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from tools.common.cli import Parser
+from configs.cli import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ import time
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 from configs import UserError
-from tools.common import cli
+from configs import cli
 
 def main():
     {body}

@@ -8,9 +8,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from configs import ROOT, load_config
-from tools.common.features import load_proxy
-from tools.common.frechet import bootstrap_distances, frechet_distance
-from tools.evaluate import EvaluateConfig, Files, inception_score, kernel_distance
+from tools.metrics.efficientnet import load_proxy
+from tools.metrics.scores import bootstrap_distances, frechet_distance
+from tools.metrics.clips import VideoFiles
+from tools.metrics.options import EvaluateConfig
+from tools.metrics.scores import inception_score, kernel_distance
 
 
 def exact(mean: Tensor, root: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs import ROOT, UserError
-from datasets.clips import read_video
+from datasets.readers import read_video
 from datasets.transforms import square
 from models.autoencoder import LatentCodec
 from tools import encode_latents as program

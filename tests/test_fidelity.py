@@ -15,10 +15,11 @@ from torch import Tensor
 from configs import ROOT, UserError
 from sample.pipeline import generate
 from tools import evaluate, fidelity
-from tools.common.distributed import Environment
-from tools.common.fidelity import aggregate, compare, distance_to_others, load_lpips, lpips_weights, mean_and_margin
-from tools.common.frechet import frechet_distance
-from tools.common.media import save_video
+from sample.distributed import Environment
+from tools.metrics.pairs import aggregate, compare, distance_to_others, load_lpips, lpips_weights
+from tools.metrics.statistics import mean_and_margin
+from tools.metrics.scores import frechet_distance
+from sample.media import save_video
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from configs import UserError, load_config
-from tools import judge
-from tools.common.media import save_video
+from tools.demo import judge
+from sample.media import save_video
 
 NAMES, SIZE, FRAMES = ["Hill", "Lake", "Wood"], 32, 4
 

@@ -9,9 +9,10 @@ from configs import CacheOptions, SampleConfig, UserError, load_config
 from models import get_models
 from models.skip_cache import SkipCache, interval_plan
 from sample import pipeline
-from sample.pipeline import Pipeline, generate, load, make_diffusion, resolve, sample_latents
+from diffusion import make_diffusion
+from sample.pipeline import Pipeline, generate, load, resolve, sample_latents
 from tests.conftest import save_random_weights
-from tools.common.macs import step_macs
+from models.macs import step_macs
 
 CPU = torch.device("cpu")
 N2 = CacheOptions(interval=2, start=900, stop=50, depth=1)

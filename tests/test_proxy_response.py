@@ -10,7 +10,7 @@ from configs import UserError
 from tests.test_evaluate import clip
 from tests.test_fidelity import read_markdown
 from tools import proxy_response
-from tools.common.media import save_video
+from sample.media import save_video
 
 
 @pytest.fixture

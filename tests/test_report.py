@@ -20,7 +20,7 @@ from PIL import Image
 from configs import SampleConfig, UserError, load_config
 from sample import sample
 from tools import report
-from tools.common.media import save_video
+from sample.media import save_video
 
 NAME = "<evil>&\"'"  # what a class folder may be called
 PLANS = ("uncached", "N2", "N3")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs import ROOT, SampleConfig, UserError, load_config, to_yaml
-from datasets.clips import read_video
+from datasets.readers import read_video
 from sample import options, pipeline, sample, sample_ddp
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

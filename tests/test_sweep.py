@@ -11,8 +11,9 @@ from PIL import Image
 
 from configs import UserError
 from tools import fidelity, sweep
-from tools.common.media import save_video
-from tools.sweep import Cell, SweepConfig, Task, grid, pareto
+from sample.media import save_video
+from tools.metrics.cells import Cell, Task
+from tools.sweep import SweepConfig, make_grid, pareto
 
 
 def run(monkeypatch, tiny: Path, output: Path, *argv: str, stop_after: int | None = None) -> int:

@@ -24,7 +24,7 @@ from datasets.latents import RECORD
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
-from tools.common.distributed import Environment
+from sample.distributed import Environment
 from train import check_options, clip_seed, learning_rate, train
 
 TINY = dict(

@@ -15,32 +15,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import UserError, cli, load_config, option
+from tools.metrics.options import ClipOptions
+
+
+@dataclass(kw_only=True)
+class ResponseConfig(ClipOptions):
+    """Real clips; one half of them is spoiled."""
+
+    real_path: str | None = option("datasets/demo/train", "video files or folders of frames", path=True)
+    real_stride: int = option(1, "frames from one to the next of a clip", least=1)
+    image_size: int = option(64, "pixels of a side", least=1)
+
+
+parser = cli.Parser(__doc__, ResponseConfig)
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from configs import UserError, load_config, path_option, to_yaml
-from tools.common import cli
-from tools.common.features import load_proxy
-from tools.common.frechet import frechet_distance
-from tools.evaluate import EvaluateConfig, Files, check
-from tools.fidelity import markdown
+from configs.tables import markdown_table
+from models.hardware import default_device
+from tools.metrics.clips import VideoFiles
+from tools.metrics.efficientnet import load_proxy
+from tools.metrics.scores import frechet_distance
 
 SPLITS = 20
 FEWEST = 4  # two in each half
-
-
-@dataclass(kw_only=True)
-class ResponseConfig:
-    """Options of this program, as in tools/evaluate.py."""
-
-    real_path: str | None = path_option("datasets/demo/train")
-    num_real: int = 2048  # at most; one half of them is spoiled
-    num_frames: int = 16
-    real_stride: int = 1
-    image_size: int = 64
-    batch_size: int = 8
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
@@ -72,19 +76,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] =
 }
 
 
-def main() -> None:
-    args = cli.Parser(__doc__, ResponseConfig).parse_args()
-    cfg = load_config(ResponseConfig, args.config, args.overrides)
-    options = EvaluateConfig(**vars(cfg), fake_path=cfg.real_path)
-    check(options)
-    source = Files(options, "real_path", cfg.num_real, cfg.real_stride)
-    if args.dry_run:
-        print(to_yaml(cfg) + f"# {len(source)} videos in {source.root}")
-        return
-    print(respond(source, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-
-
-def respond(source: Files, device: torch.device) -> str:
+def response_table(source: VideoFiles, device: torch.device) -> str:
     """The table.
 
     Raises:
@@ -128,7 +120,16 @@ def respond(source: Files, device: torch.device) -> str:
             row(title.format(" / ".join(map(str, degrees))), [list(column) for column in zip(*each, strict=True)])
         )
     bar.close()
-    return markdown(rows)
+    return markdown_table(rows)
+
+
+def main() -> None:
+    args = parser.parse_args()
+    cfg = load_config(ResponseConfig, args.config, args.overrides)
+    source = VideoFiles(cfg, "real_path", cfg.num_real, cfg.real_stride)
+    if args.dry_run:
+        return cli.dry_run(cfg, [f"{len(source)} videos in {source.root}"])
+    print(response_table(source, default_device()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far clips are from their twins, the same seeds and labels sampled another way: figures, means, intervals.
+"""How far clips are from their twins, the same seeds and labels sampled another way: metrics and their means.
 
 Letters: B batch, F frames, C channels of the latents, h = H / 8, N clips of a set, D features.
 """
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.common.frechet import frechet_distance
+from sample.similarity import psnr, ssim
+from tools.metrics.scores import frechet_distance
+from tools.metrics.statistics import mean_and_margin
 
-PSNR_LIMIT = 100.0  # dB; of clips that are equal, so that means stay finite
-METRICS = {  # -> what a table calls them, and its digits
+PAIR_METRICS = {  # -> title in tables, digits
     "relative_l1": ("relative L1", 4),
     "psnr": ("PSNR, dB", 1),
     "ssim": ("SSIM", 4),
@@ -27,7 +28,7 @@ Lpips = Callable[[Tensor, Tensor], float]  # two clips (F, 3, H, W) in [-1, 1]
 def compare(
     latents: Tensor, videos: Tensor, twin_latents: Tensor, twin_videos: Tensor, lpips: Lpips | None = None
 ) -> dict[str, list[float]]:
-    """The figures of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
+    """The metrics of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
 
     relative_l1: |a - b|_1 / |b|_1 of the latents
     psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames
@@ -36,27 +37,13 @@ def compare(
     """
     change, twin_change = videos.diff(dim=1), twin_videos.diff(dim=1)  # (B, F - 1, 3, H, W)
     pairs = list(zip(videos, twin_videos, strict=True))
-    figures = {
+    metrics = {
         "relative_l1": _relative_error(latents, twin_latents),
         "psnr": [psnr(a, b) for a, b in pairs],
         "ssim": [ssim(a, b) for a, b in pairs],
         "flicker": _relative_error(change, twin_change),
     }
-    return figures | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two clips (F, 3, H, W) in [-1, 1], over all pixels: dB, at most PSNR_LIMIT."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import, as the others here
-
-    return min(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0).item(), PSNR_LIMIT)
-
-
-def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two clips (F, 3, H, W) in [-1, 1], the mean over frames."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0).item()
+    return metrics | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
 
 
 def lpips_weights() -> tuple[Path, str]:
@@ -75,15 +62,6 @@ def load_lpips(device: torch.device) -> Lpips | None:
 
     metric = LearnedPerceptualImagePatchSimilarity("alex").to(device)
     return lambda a, b: metric(a, b).item()
-
-
-def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over clips, and half the width of its 95 % interval by Student's t; one clip has none."""
-    from scipy.stats import t
-
-    x, n = torch.tensor(values, dtype=torch.float64), len(values)  # (N,)
-    margin = t.ppf(0.975, n - 1) * x.std().item() / n**0.5 if n > 1 else None
-    return {"mean": x.mean().item(), "margin": margin, "clips": n}
 
 
 def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]:
