@@ -57,8 +57,7 @@ def main() -> None:
         lines = describe_run(cfg, plans, env.device)
         lines.append(f"task: {len(seeds)} clips, seeds {seeds[0]} ... {seeds[-1]}, to {folder}")
         if args.dry_run:
-            if env.is_main:
-                cli.dry_run(cfg, lines, file_checks(cfg))
+            cli.dry_run(cfg, lines, file_checks(cfg))
             return
 
         missing = env.from_first(lambda: open_folder(folder, cfg, plans[0], env.device))

@@ -22,6 +22,7 @@ from configs.files import check_record, differences
 from configs.original import INERT
 from configs.tables import markdown_table
 from datasets import SOURCES
+from datasets.readers import READERS
 from diffusion import PREDICTIONS
 from diffusion.sampling import SAMPLERS
 from diffusion.schedule import NOISE_SCHEDULES
@@ -275,6 +276,7 @@ def test_choices_are_those_of_the_code_that_reads_them():
     assert choices_of(SampleConfig, "precision") == {"auto", *DTYPES}
     assert choices_of(SampleConfig, "noise_schedule") == set(NOISE_SCHEDULES)
     assert choices_of(SampleConfig, "prediction") == set(PREDICTIONS)
+    assert choices_of(TrainConfig, "video_reader") == set(READERS)
     help_of_dataset = next(each for each in fields(TrainConfig) if each.name == "dataset").metadata["help"]
     assert all(name.removesuffix("_img") in help_of_dataset for name in SOURCES)
 

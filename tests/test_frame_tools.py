@@ -17,8 +17,8 @@ from PIL import Image
 from configs import ROOT, UserError
 from datasets import get_dataset
 from datasets.clips import find_frame_folders
-from datasets.readers import read_frame_folder, read_video
 from datasets.joint import read_frame_list
+from datasets.readers import read_frame_folder, read_video
 from tools import convert_videos_to_frames, make_frame_list
 
 DEMO = ROOT / "datasets" / "demo" / "train"

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from configs import UserError
-from sample import media
 from configs.files import write_json
 from models.hardware import describe_machine
+from sample import media
 
 
 def gradient(num_videos: int, frames: int, height: int, width: int) -> torch.Tensor:

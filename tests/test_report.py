@@ -19,8 +19,8 @@ from PIL import Image
 
 from configs import SampleConfig, UserError, load_config
 from sample import sample
-from tools import report
 from sample.media import save_video
+from tools import report
 
 NAME = "<evil>&\"'"  # what a class folder may be called
 PLANS = ("uncached", "N2", "N3")

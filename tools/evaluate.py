@@ -181,8 +181,7 @@ def main() -> None:
         else:
             fake = VideoFiles(cfg, "fake_path", cfg.num_fake, cfg.fake_stride)
         if args.dry_run:
-            if env.is_main:
-                cli.dry_run(cfg, describe(cfg, real, fake, env), file_checks(fake.sampling) if cfg.generate else [])
+            cli.dry_run(cfg, describe(cfg, real, fake, env), file_checks(fake.sampling) if cfg.generate else [])
             return
         record = evaluate(cfg, real, fake, env)
         if record:

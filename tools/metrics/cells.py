@@ -123,8 +123,7 @@ def run_cells(
     lines += [describe_plan(with_cell(cfg, cell), plan_of(cell)) for cell, *_ in tasks]
     lines.append(f"task: {cfg.num_clips} clips of each, seeds {cfg.seed} ... {seeds_of(cfg)[-1]}, to {cfg.output}")
     if dry:
-        if env.is_main:
-            cli.dry_run(cfg, lines, [*file_checks(cfg), *([lambda: real_clips(cfg)] if cfg.real_path else [])])
+        cli.dry_run(cfg, lines, [*file_checks(cfg), *([lambda: real_clips(cfg)] if cfg.real_path else [])])
         return {}, None
     source = real_clips(cfg) if cfg.real_path else None
     work = env.from_first(lambda: open_folder(cfg, tasks, env))
