@@ -35,7 +35,8 @@ from configs.tables import markdown_table
 from datasets import class_index, class_names
 from models.hardware import default_device, timed
 from models.macs import readable
-from sample.folder import SAMPLE_RECORD, make_record, video_path
+from sample import SAMPLE_RECORD
+from sample.folder import make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
 from sample.pipeline import Pipeline, load, sample_latents, with_options
 from sample.plans import UNCACHED, Plan, describe_run, make_plan

@@ -26,8 +26,9 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from configs.files import write_json
+from sample import DDP_RECORD
 from sample.distributed import Environment, distributed
-from sample.folder import DDP_RECORD, labels_of, open_folder, video_path
+from sample.folder import labels_of, open_folder, video_path
 from sample.media import save_video
 from sample.pipeline import generate, load
 from sample.plans import describe_run

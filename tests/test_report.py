@@ -25,7 +25,6 @@ from sample.media import save_video
 from tools import report
 from tools.common import documents
 from tools.common.documents import markdown, readable, tree
-from tools.common.media import save_video
 
 NAME = "<evil>&\"'"  # what a class folder may be called
 PLANS = ("uncached", "N2", "N3")
@@ -45,9 +44,9 @@ def run(tiny, tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["sample.py", *options, f"save_video_path={folder}"])
         sample.main()
     shutil.copytree(folder, folder.with_name("sampled"))
-    record = json.loads((folder / report.RECORD).read_text())
+    record = json.loads((folder / report.SAMPLE_RECORD).read_text())
     record["clips"][1]["name"] = NAME
-    (folder / report.RECORD).write_text(json.dumps(record))
+    (folder / report.SAMPLE_RECORD).write_text(json.dumps(record))
     for i, plan in enumerate(PLANS):
         for j, name in enumerate(("000000_class2", f"000001_{NAME}")):
             grey = torch.linspace(-0.8, 0.5, FRAMES) + 0.1 * i + 0.05 * j
@@ -124,7 +123,7 @@ def test_the_page_holds_every_video_and_needs_nothing_else(run, tmp_path, monkey
 def test_figures_plans_and_options_are_those_of_the_record(run, tiny, tmp_path, monkeypatch):
     """The YAML in the page makes the same run again."""
     make(monkeypatch, run, f"output={tmp_path}/page.html")
-    page, record = Page(tmp_path / "page.html"), json.loads((run / report.RECORD).read_text())
+    page, record = Page(tmp_path / "page.html"), json.loads((run / report.SAMPLE_RECORD).read_text())
     cells = page.text("td")  # of the uncached row, five
     for name, row, entry in zip(PLANS[1:], (cells[5:13], cells[13:21]), record["runs"][1:], strict=True):
         assert row[0] == name and row[4:6] == [f"{entry['speedup']:.2f}", f"{entry['psnr']:.1f} dB"]
@@ -161,7 +160,7 @@ def test_the_script_of_the_page_samples_the_same_clips(run, tmp_path, monkeypatc
 
 def test_paths_inside_the_repository_start_at_its_root(run, tmp_path, monkeypatch):
     """In the options, which load as before, the checkpoint and every file; a path elsewhere stays whole."""
-    record = json.loads((run / report.RECORD).read_text())
+    record = json.loads((run / report.SAMPLE_RECORD).read_text())
     root, other = Path(record["config"]["pretrained_model_path"]), "/elsewhere" + str(tmp_path)
     for module in (configs, documents):
         monkeypatch.setattr(module, "ROOT", root)
@@ -365,13 +364,13 @@ def test_a_training_run_without_losses_and_previews_shows_what_there_is(tmp_path
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path, monkeypatch, arguments, message):
-    for name, text in {"other": "{}", "cut": '{"config"', "lost": (run / report.RECORD).read_text()}.items():
+    for name, text in {"other": "{}", "cut": '{"config"', "lost": (run / report.SAMPLE_RECORD).read_text()}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / report.RECORD).write_text(text)
-    half = json.loads((run / report.RECORD).read_text())
+        (tmp_path / name / report.SAMPLE_RECORD).write_text(text)
+    half = json.loads((run / report.SAMPLE_RECORD).read_text())
     del half["versions"]
     shutil.copytree(run, tmp_path / "half")
-    (tmp_path / "half" / report.RECORD).write_text(json.dumps(half))
+    (tmp_path / "half" / report.SAMPLE_RECORD).write_text(json.dumps(half))
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange/log.jsonl").write_text('{"loss": 1.0}\n')
     (tmp_path / "cut.json").write_text("[1, ")

@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -25,11 +25,12 @@ import av
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from omegaconf import OmegaConf
 
-from configs import ROOT, UserError, load_config, path_option, to_yaml
-from tools.common import cli
+from configs import ROOT, UserError, cli, load_config, option
+from configs.files import check_writable, write_text
+from sample import SAMPLE_RECORD
 from tools.common.documents import data_uri, markdown, read_text, readable, tree
 
-RECORD, LOG = "sample.json", "log.jsonl"
+LOG = "log.jsonl"  # of a training run
 SHOWN = (".png", ".md", ".csv", ".json")
 MOST_POINTS = 300  # of a curve
 LARGE = 50e6  # bytes of a page that browsers open slowly
@@ -37,11 +38,14 @@ LARGE = 50e6  # bytes of a page that browsers open slowly
 
 @dataclass(kw_only=True)
 class ReportConfig:
-    """Options of the page."""
+    """The page."""
 
-    title: str = "Skip-Cache, side by side"
-    output: str | None = path_option()  # None: report.html in the first folder, or beside the first file
-    max_clips: int = 12  # of a folder that are shown, each once for every plan; of a training run: steps with previews
+    title: str = option("Skip-Cache, side by side", "its heading")
+    output: str | None = option(None, "empty: report.html in the first folder, or beside the first file", path=True)
+    max_clips: int = option(12, "clips of a folder that are shown; of a training run: steps with previews", least=1)
+
+
+parser = cli.Parser(__doc__, ReportConfig)
 
 
 @cache
@@ -56,7 +60,7 @@ def template() -> Any:
 
 def samples(folder: Path, max_clips: int) -> str:
     """A folder of sample.py: a summary, the clips, their metrics, the plans, and a script that samples them again."""
-    record = json.loads(read_text(folder / RECORD))
+    record = json.loads(read_text(folder / SAMPLE_RECORD))
     cfg, clips, runs = record["config"], record["clips"], record["runs"]
     plans, rows = [run["plan"]["name"] for run in runs], []
     for i, clip in enumerate(clips[:max_clips]):
@@ -122,8 +126,8 @@ def section(source: Path, max_clips: int) -> list[str]:
     """All that a folder or a file holds for the page, part by part."""
     if not source.exists():
         raise UserError(f"nothing at {source}: give a folder that sample.py wrote, or a {', '.join(SHOWN)} file")
-    parts, skipped = [], (RECORD, "compare.png") if (source / RECORD).is_file() else ()
-    for name, read, program in ((RECORD, samples, "sample/sample.py"), (LOG, training, "train.py")):
+    parts, skipped = [], (SAMPLE_RECORD, "compare.png") if (source / SAMPLE_RECORD).is_file() else ()
+    for name, read, program in ((SAMPLE_RECORD, samples, "sample/sample.py"), (LOG, training, "train.py")):
         if (source / name).is_file():
             try:
                 parts.append(read(source, max_clips))
@@ -134,29 +138,26 @@ def section(source: Path, max_clips: int) -> list[str]:
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     parts += [material(path) for path in files if path.suffix in SHOWN and path.name not in skipped]
     if not parts:
-        wanted = f"no {RECORD} (sample/sample.py writes it), no {LOG} (train.py writes it)"
+        wanted = f"no {SAMPLE_RECORD} (sample/sample.py writes it), no {LOG} (train.py writes it)"
         raise UserError(f"{source}: {wanted} and no {', '.join(SHOWN)} file")
     return parts
 
 
 def main() -> None:
-    args = cli.Parser(__doc__, ReportConfig).parse_args()
+    args = parser.parse_args()
     sources = [Path(text) for text in args.overrides if "=" not in text]
     cfg = load_config(ReportConfig, args.config, [text for text in args.overrides if "=" in text])
-    if cfg.max_clips < 1:
-        raise UserError(f"max_clips: {cfg.max_clips} is less than 1")
     if not sources:
         raise UserError("give a folder, as in: python tools/report.py sample_videos/demo")
     first = sources[0] if sources[0].is_dir() else sources[0].parent
-    output = Path(cfg.output or first / "report.html")
+    cfg = replace(cfg, output=cfg.output or str(first / "report.html"))
+    check_writable(cfg, "output")
     if args.dry_run:
-        print(to_yaml(cfg) + f"# {', '.join(map(str, sources))} to {output}")
-        return
+        return cli.dry_run(cfg, [f"{', '.join(map(str, sources))} to {cfg.output}"])
     sections = [(source.resolve().name, section(source, cfg.max_clips)) for source in sources]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(template().page(cfg.title, sections), encoding="utf-8")
-    size = output.stat().st_size
-    print(f"report: {output} ({size / 1e6:.1f} MB)")
+    write_text(cfg.output, template().page(cfg.title, sections))
+    size = Path(cfg.output).stat().st_size
+    print(f"report: {cfg.output} ({size / 1e6:.1f} MB)")
     if size > LARGE:
         print(f"browsers open a page above {LARGE / 1e6:.0f} MB slowly: max_clips={cfg.max_clips} can be lowered")
 
