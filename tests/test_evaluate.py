@@ -353,6 +353,7 @@ def test_detectors_are_fetched_checked_and_kept(run, networks, tmp_path, monkeyp
     with pytest.raises(UserError, match=f"i3d.pt has SHA-256 .*, not {sha256}: remove it"):
         run(*options)
     kept.unlink()
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between tries to reach the server, which is gone
     with pytest.raises(UserError, match=rf"cannot fetch {url[:20]}.* put it at .*kept/i3d.pt"):
         run(*options)
 
