@@ -212,6 +212,7 @@ def test_run_goes_on_with_another_number_of_processes(latents, unbroken, tmp_pat
     assert_equal(newest(tmp_path / "runs"), newest(unbroken), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_signalled_runs_on_two_ranks_equal_the_unbroken_one_bit_for_bit(latents, unbroken, tmp_path):
     """kill -9 between two checkpoints, then SIGTERM to torchrun: the same command continues, and logs no step twice."""
     broken, chosen = tmp_path / "broken", random.Random(0)
@@ -527,6 +528,7 @@ def test_clips_draw_from_generators_of_their_own():
     assert len({clip_seed(seed, number) for seed in range(3) for number in range(1000)}) == 3000
 
 
+@pytest.mark.slow
 def test_compiled_blocks_equal_the_plain_run(latents, tmp_path):
     """To 1e-5 in fp32, also where activations are recomputed, and the names in the checkpoint stay plain."""
     options = dict(max_train_steps=2)
