@@ -260,7 +260,8 @@ def test_ddpm_agrees_with_diffusers(variance, clip, respacing):
         result = scheduler.step(output, timestep, theirs, generator=generators)
         theirs = result.prev_sample
         torch.testing.assert_close(step["sample"], theirs, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(step["pred_xstart"], result.pred_original_sample, rtol=1e-4, atol=1e-4)
+        # (x - sigma eps) / alpha, with an alpha of 0.002 at the first step: it magnifies fp32's 1e-7 to 1e-4.
+        torch.testing.assert_close(step["pred_xstart"], result.pred_original_sample, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

@@ -130,6 +130,19 @@ def every_metric(networks: dict[str, Path]) -> list[str]:
     return ["metrics=fvd,fid,kid,is,video_is,proxy", *(f"{name}={path}" for name, path in networks.items())]
 
 
+def assert_figures_agree(ours: dict, theirs: dict, rel: float = 1e-5) -> None:
+    """All that is said of each metric, to `rel` of its value.
+
+    In other batches, or with other threads, a clip's features may be rounded otherwise, which kernels show it depends
+    on the processor. That is some 1e-7 of a feature; a distance of a few clips magnifies it to some 1e-6.
+    """
+    assert ours.keys() == theirs.keys()
+    for metric, row in theirs.items():
+        assert ours[metric].keys() == row.keys(), metric
+        for key, value in row.items():
+            assert ours[metric][key] == pytest.approx(value, rel=rel, abs=rel * abs(row["value"])), f"{metric}: {key}"
+
+
 def test_one_figure_for_files_and_frames_flat_and_nested(run, data):
     """mp4 in class folders, mp4 in one folder, and their frames in class folders: to the last digit."""
     figures = [run(suffix=suffix)["metrics"]["proxy"] for suffix in ("", "_flat", "_frames")]
@@ -150,10 +163,7 @@ def test_any_number_of_processes_gives_the_same_figures(run, data, networks, tmp
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert len(two["metrics"]) == 6 and two["real"] == alone["real"] and two["fake"] == alone["fake"]
-    for metric, row in two["metrics"].items():
-        expected = alone["metrics"][metric]
-        assert row.pop("interval", []) == pytest.approx(expected.pop("interval", []), rel=1e-6), metric
-        assert row == pytest.approx(expected, rel=1e-6), metric
+    assert_figures_agree(two["metrics"], alone["metrics"])
 
 
 ONE_GROUP = """
@@ -189,11 +199,15 @@ def test_two_processes_share_out_any_kind_of_clips(run, data, tiny, tmp_path):
         two = json.loads((tmp_path / f"{name}.json").read_text())
         assert two["real"] == {key: value for key, value in expected["real"].items() if key != "from_cache"}
         assert two["fake"] == expected["fake"]
-        assert two["metrics"]["proxy"]["value"] == pytest.approx(expected["metrics"]["proxy"]["value"], rel=1e-5), name
+        assert_figures_agree(two["metrics"], expected["metrics"])
 
 
 def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
-    """Sampled in memory, and read from frames that hold the same pixels rounded: the same figure, to the last digit."""
+    """Sampled in memory, and read from frames that hold the same pixels rounded: the same figure.
+
+    To 1e-3: there two clips are sampled at once and here four, so that latents agree to 1e-4 (relative L2) and a few
+    pixels round to the next grey level. Clips of other seeds move the figure by far more.
+    """
     options = ["num_fake=4", "sample.seed=3", "sample.cache.interval=2"]
     memory = run(*options, f"generate={tiny}", "fake_path=null")
     device = torch.device("cpu")
@@ -202,7 +216,8 @@ def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
     videos = to_uint8(generate(load(cfg, device), seeds, labels_of(seeds, cfg)))  # (B, F, H, W, 3)
     for seed, video in zip(seeds, torch.from_numpy(videos).movedim(-1, 2), strict=True):
         save_frames(tmp_path / "frames" / f"{seed:06d}", video)
-    assert memory["metrics"] == run("num_fake=4", f"fake_path={tmp_path}/frames")["metrics"]
+    frames = run("num_fake=4", f"fake_path={tmp_path}/frames")
+    assert_figures_agree(frames["metrics"], memory["metrics"], rel=1e-3)
     assert memory["fake"]["generate"]["seed"] == 3 and memory["fake"]["plan"]["name"] == "N2"
     weights = tiny.parent / "vae/diffusion_pytorch_model.safetensors"
     assert memory["fake"]["vae"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -256,9 +271,11 @@ def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_p
     for number in range(3):
         save_video(folder / f"short_{number}.mp4", clip(number, 7), fps=8)
     record = run(f"real_path={folder}", "num_real=9")
-    assert record["metrics"] == expected and 9 < record["real"]["read"] <= record["real"]["videos"] == 13
+    assert_figures_agree(record["metrics"], expected)  # batches that lose a broken clip are smaller
+    assert 9 < record["real"]["read"] <= record["real"]["videos"] == 13
     record = run(f"real_path={folder}", "num_real=20")
-    assert record["metrics"] == expected and (record["real"]["read"], record["real"]["clips"]) == (13, 9)
+    assert_figures_agree(record["metrics"], expected)
+    assert (record["real"]["read"], record["real"]["clips"]) == (13, 9)
     assert record["real"]["too_short"] == 3 and str(folder / "broken.mp4") in record["real"]["broken"][0]
     assert "1 broken videos were passed over" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):
@@ -336,6 +353,7 @@ def test_detectors_are_fetched_checked_and_kept(run, networks, tmp_path, monkeyp
     with pytest.raises(UserError, match=f"i3d.pt has SHA-256 .*, not {sha256}: remove it"):
         run(*options)
     kept.unlink()
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between tries to reach the server, which is gone
     with pytest.raises(UserError, match=rf"cannot fetch {url[:20]}.* put it at .*kept/i3d.pt"):
         run(*options)
 

@@ -52,7 +52,11 @@ def read_markdown(text: str) -> list[dict[str, str]]:
 def test_a_clip_is_its_own_best_twin():
     latents, videos = clips()
     figures = compare(latents, videos, latents, videos, lpips=None)
-    assert figures == {"relative_l1": [0, 0], "psnr": [100, 100], "ssim": [1, 1], "flicker": [0, 0]}
+    ssim = figures.pop("ssim")
+    assert figures == {"relative_l1": [0, 0], "psnr": [100, 100], "flicker": [0, 0]}
+    # Each moment is a convolution in fp32: not to the bit the same of two equal images in one batch, so that a quotient
+    # of sums of a few of them is 1 to some 1e-7.
+    assert ssim == pytest.approx([1, 1], abs=1e-5)
     json.dumps(aggregate(figures["psnr"], ["a", "b"]), allow_nan=False)
 
 

@@ -119,6 +119,20 @@ def test_nearest_is_the_least_rmse_over_offsets():
     assert (alone > 50).all() and (index != torch.arange(3)).all()
 
 
+def test_nearest_is_exact_for_copies_and_near_copies():
+    """0 for a copy, and to fp32's rounding for noise of 1e-4, whose square is below the rounding of |x|^2 in fp32."""
+    torch.manual_seed(0)
+    train = memory(torch.rand(3, FRAMES + 3, 3, 16, 16) * 2 - 1)
+    copies = torch.stack([video[o : o + FRAMES] for video, o in zip(train.videos, (0, 1, 3), strict=True)])
+    distance, index = judge.nearest(copies, train, itself=False)
+    assert distance.tolist() == [0, 0, 0] and index.tolist() == [0, 1, 2]
+    noisy = copies + 1e-4 * torch.randn_like(copies)
+    distance, index = judge.nearest(noisy, train, itself=False)
+    exact = 127.5 * (noisy.double() - copies.double()).square().flatten(1).mean(1).sqrt()
+    torch.testing.assert_close(distance.double(), exact, rtol=1e-6, atol=0)  # fp32 sums of like terms: some 1e-7
+    assert index.tolist() == [0, 1, 2]
+
+
 def test_figures_respond_to_what_they_measure():
     """Frozen, shuffled, blurred, identical and copied clips each move the figure that is theirs."""
     cfg = load_config(judge.JudgeConfig, overrides=[f"num_frames={FRAMES}"])

@@ -212,6 +212,7 @@ def test_run_goes_on_with_another_number_of_processes(latents, unbroken, tmp_pat
     assert_equal(newest(tmp_path / "runs"), newest(unbroken), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_signalled_runs_on_two_ranks_equal_the_unbroken_one_bit_for_bit(latents, unbroken, tmp_path):
     """kill -9 between two checkpoints, then SIGTERM to torchrun: the same command continues, and logs no step twice."""
     broken, chosen = tmp_path / "broken", random.Random(0)
@@ -304,11 +305,15 @@ def test_skipped_files_are_named_in_the_runs_log(latents, tmp_path):
 
 
 def test_accumulation_and_gradient_checkpointing_equal_the_plain_run(latents, tmp_path):
-    """Two half batches are one, and recomputed activations are the same ones: to 1e-5."""
-    plain = run(latents, tmp_path / "plain")
-    halves = run(latents, tmp_path / "halves", local_batch_size=2, gradient_accumulation_steps=2)
+    """Two half batches are one, and recomputed activations are the same ones: to 1e-5.
+
+    At a learning rate that leaves room for another processor: at 1e-2 rounding grows to 1e-5 within the six steps.
+    """
+    options = dict(learning_rate=1e-3)
+    plain = run(latents, tmp_path / "plain", **options)
+    halves = run(latents, tmp_path / "halves", local_batch_size=2, gradient_accumulation_steps=2, **options)
     assert_equal(halves, plain, tolerance=1e-5)
-    assert_equal(run(latents, tmp_path / "recomputed", gradient_checkpointing=True), plain, tolerance=1e-5)
+    assert_equal(run(latents, tmp_path / "recomputed", gradient_checkpointing=True, **options), plain, tolerance=1e-5)
 
 
 def test_identity_start_of_skips_beats_xavier_on_a_latte_trunk(latents, tmp_path):
@@ -523,6 +528,7 @@ def test_clips_draw_from_generators_of_their_own():
     assert len({clip_seed(seed, number) for seed in range(3) for number in range(1000)}) == 3000
 
 
+@pytest.mark.slow
 def test_compiled_blocks_equal_the_plain_run(latents, tmp_path):
     """To 1e-5 in fp32, also where activations are recomputed, and the names in the checkpoint stay plain."""
     options = dict(max_train_steps=2)

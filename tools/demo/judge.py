@@ -130,14 +130,18 @@ def nearest(x: Tensor, train: Clips, itself: bool) -> tuple[Tensor, Tensor]:
 
     With `itself`, x are the train clips, and each looks for another one.
     """
-    num_frames, x = x.shape[1], x.flatten(1)  # (N, P)
+    num_frames, rows = x.shape[1], x.flatten(1).double()  # (N, P)
     columns = []
     for video in train.videos:
-        y = video.unfold(0, num_frames, 1).movedim(-1, 1).flatten(1)  # (O, P)
-        columns.append((y.square().sum(1) - 2 * (x @ y.T)).amin(1))  # |x - y|^2 = |x|^2 - 2 x y + |y|^2
-    squared = torch.stack(columns, dim=1) + x.square().sum(1, keepdim=True)  # (N, number of train clips)
-    best, index = (squared.fill_diagonal_(math.inf) if itself else squared).min(1)
-    return LEVELS * (best.clamp(min=0) / x.shape[1]).sqrt(), index
+        y = video.double().unfold(0, num_frames, 1).movedim(-1, 1).flatten(1)  # (O, P)
+        columns.append((y.square().sum(1) - 2 * (rows @ y.T)).min(1))  # |x - y|^2 but for |x|^2, the same for all y
+    squared, offsets = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))  # (N, train clips) each
+    index = (squared.fill_diagonal_(math.inf) if itself else squared).argmin(1)
+    starts = offsets.gather(1, index[:, None]).flatten().tolist()
+    windows = [train.videos[i][o : o + num_frames] for i, o in zip(index.tolist(), starts, strict=True)]
+    # By the difference itself: the products find the nearest, but cancel where it is a copy, even in float64.
+    best = torch.stack([(a - b).square().mean() for a, b in zip(x, windows, strict=True)])
+    return LEVELS * best.sqrt(), index
 
 
 @torch.no_grad()
