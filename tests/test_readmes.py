@@ -214,7 +214,7 @@ def test_every_tool_is_described():
         for path in (ROOT / "tools").rglob("*.py")
         if '__name__ == "__main__"' in path.read_text()
     }
-    assert set(re.findall(r"python tools/([\w/]+\.py)", text)) | {"report.py"} == programs
+    assert set(re.findall(r"python tools/([\w/]+\.py)", text)) == programs
 
 
 def test_the_citation_is_complete():
