@@ -167,9 +167,7 @@ def test_a_file_that_is_there_is_not_missing(checkout, monkeypatch, capsys):
     """An error counts as a missing file only if the file that it names does not exist."""
     (checkout / "broken").mkdir()
     with pytest.raises(AssertionError, match="no VAE in"):
-        check_dry_run(
-            ["sample/sample.py", "pretrained_model_path=.", "vae=broken", "--dry-run"], monkeypatch, capsys
-        )
+        check_dry_run(["sample/sample.py", "pretrained_model_path=.", "vae=broken", "--dry-run"], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("readme", [readme for readme in READMES if blocks(readme, "python")])
