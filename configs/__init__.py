@@ -88,8 +88,8 @@ def _check_limits(key: str, value: Any, option: Field) -> None:
     least, above, most = (option.metadata.get(name) for name in ("least", "above", "most"))
     if not isinstance(value, int | float) or (least, above, most) == (None, None, None):
         return
-    if math.isnan(value):
-        raise UserError(f"{key}: {value} is not a number")
+    if not math.isfinite(value):
+        raise UserError(f"{key}: {value} is not a finite number")
     if least is not None and most is not None and not least <= value <= most:
         raise UserError(f"{key}: {value} is outside {least} ... {most}")
     if least is not None and value < least:
@@ -171,7 +171,7 @@ class SamplerOptions:
     sample_method: str = option("ddpm", "the sampler", choices=("ddpm", "ddim", "dpmsolver++", "unipc"))
     num_sampling_steps: int = option(250, "denoising steps", least=1)
     eta: float = option(0.0, "DDIM: 0 deterministic ... 1 as random as DDPM", least=0, most=1)
-    cfg_scale: float = option(1.0, "classifier-free guidance; 1: none")
+    cfg_scale: float = option(1.0, "classifier-free guidance; 1: none", least=0, most=1000)
     cache: CacheOptions = field(default_factory=CacheOptions)
 
 
@@ -201,7 +201,9 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     data_path: str | None = option(None, "the class folders that name the classes (UCF101's names ship)", path=True)
     fps: int = option(8, "frames per second of the files written", least=1)
     precision: str = option(
-        "auto", "type of the weights; auto: bf16 if the device has units for it", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "type of the weights; auto: bf16 if the device has units for it",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     use_fp16: bool = option(False, "the original's switch: fp16 on CUDA, the fastest half type of a CPU")
     use_compile: bool = option(False, "torch.compile of the full and of the cached step")
@@ -218,8 +220,12 @@ class DataOptions:
 
     dataset: str = option("ucf101", "ucf101 | ffs | taichi | sky, each also with _img, | video_folder | frame_folder")
     data_path: str | None = option(None, "the videos, or the folders of frames", path=True)
-    frame_data_path: str | None = option(None, "the folder that frame_data_txt starts from; empty: data_path", path=True)
-    frame_data_txt: str | None = option(None, "list of the stills of a *_img set; empty: frames of the videos", path=True)
+    frame_data_path: str | None = option(
+        None, "the folder that frame_data_txt starts from; empty: data_path", path=True
+    )
+    frame_data_txt: str | None = option(
+        None, "list of the stills of a *_img set; empty: frames of the videos", path=True
+    )
     frame_interval: int = option(3, "frames from one to the next of a clip", least=1)
     use_image_num: int = option(0, "stills per clip (joint image-video training)", least=0)
     horizontal_flip: bool | None = option(None, "mirror half of the clips; empty: as published for the data set")

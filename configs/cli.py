@@ -101,7 +101,7 @@ def _describe(option: Field, prefix: str = "") -> list[str]:
 
 
 def dry_run(cfg: Any, lines: Iterable[str], checks: Iterable[Callable[[], object]] = ()) -> None:
-    """Prints what would run, a comment a line, and the resolved options as YAML; then checks the files.
+    """On the first process: prints what would run, a comment a line, and the options as YAML; then checks the files.
 
     Args:
         checks: each raises UserError if a file that the run reads is missing.
@@ -109,6 +109,8 @@ def dry_run(cfg: Any, lines: Iterable[str], checks: Iterable[Callable[[], object
     Raises:
         UserError: names everything that is missing.
     """
+    if rank():
+        return
     print("\n".join(f"# {line}" for line in lines), to_yaml(cfg), sep="\n", end="", flush=True)
     missing = []
     for check in checks:

@@ -110,6 +110,6 @@ def check_record(path: Path, settings: Mapping[str, Any], key: str) -> bool:
 
 
 def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], key: str, folder: Path) -> None:
-    """Raises UserError if `folder`, given by option `key`, was made with settings `before` that are not those of now."""
+    """Raises UserError if `folder`, given by option `key`, was made with settings `before` other than those of now."""
     if differ := differences(before, now):
         raise UserError(f"{key}: {folder} was made with {differ}; choose another folder, or remove it")

@@ -20,7 +20,7 @@ from datasets.clips import (
 from datasets.joint import WithStills, read_frame_list
 from datasets.latents import check_latents, find_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
-from datasets.readers import read_frame_folder, read_video
+from datasets.readers import READERS, read_frame_folder, read_video
 from datasets.sampler import ClipSampler
 from datasets.transforms import square
 
@@ -57,6 +57,7 @@ def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
         UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.
     """
     source = SOURCES[choice("dataset", args.dataset, sorted(SOURCES))]
+    choice("video_reader", args.video_reader, READERS)
     if args.dataset.endswith("_img") and not args.use_image_num:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
     if args.latents_path:

@@ -17,6 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"}
+READERS = ("pyav", "decord")  # of video files, see `read_video`
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 Choose = Callable[[int], Sequence[int]]  # number of frames there are -> indices of those to read, increasing

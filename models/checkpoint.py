@@ -76,8 +76,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def count_skips(path: str | Path) -> int:
-    """The number of skip branches of the checkpoint at `path`."""
-    return _count_skips(load_state_dict(path))
+    """Number of long skip branches of the model whose weights are at `path`."""
+    return sum(name.startswith("skip_linears.") and name.endswith(".weight") for name in load_state_dict(path))
 
 
 def save_checkpoint(path: str | Path, **state: Any) -> None:
@@ -152,13 +152,9 @@ def _options(state: dict[str, Tensor]) -> dict[str, Any]:
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "num_skips": _count_skips(state),
+        "num_skips": sum(name.startswith("skip_linears.") and name.endswith("weight") for name in state),
         "num_classes": None if table is None else len(table) - 1,
         "num_frames": state["temp_embed"].shape[1],
         "image_size": f"{latent_size * 8} (with an 8x VAE)",
         "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * in_channels * patch_size**2,
     }
-
-
-def _count_skips(state: dict[str, Tensor]) -> int:
-    return sum(name.startswith("skip_linears.") and name.endswith(".weight") for name in state)

@@ -16,10 +16,9 @@ from configs.errors import UserError
 from configs.files import check_same_settings, file_hash, write_json
 from models.autoencoder import vae_file
 from models.hardware import describe_machine
+from sample import DDP_RECORD, SAMPLE_RECORD
 from sample.plans import Plan
 
-SAMPLE_RECORD = "sample.json"  # of sample.py: a folder for each plan lies beside it
-DDP_RECORD = "sample_ddp.json"  # of sample_ddp.py: its clips lie beside it
 SUMMARIES = ("grid.mp4", "grid.gif", "compare.mp4")  # videos of many clips, which sample.py writes beside them
 INCIDENTAL = {  # options that change no clip
     "ckpt", "pretrained_model_path", "vae",  # their hashes are compared
@@ -58,7 +57,9 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
 def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The settings that two runs share if a seed is the same clip in both; `record` is that of `make_record`."""
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
-    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record}  # early ones had no vae
+    hashes = {
+        key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record
+    }  # early ones had no vae
     return config | hashes | {"device": record["device"]}
 
 

@@ -9,6 +9,7 @@ Letters: B batch, F frames, C channels of the latents, h = w = H / 8.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,10 +122,10 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     )
 
 
-def with_steps(pipe: Pipeline, num_sampling_steps: int) -> Pipeline:
-    """The same pipeline with another number of sampling steps."""
-    cfg = replace(pipe.cfg, num_sampling_steps=num_sampling_steps)
-    return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, num_sampling_steps), plan=make_plan(cfg))
+def with_options(pipe: Pipeline, **changes: Any) -> Pipeline:
+    """The same weights, sampled with other SamplerOptions, as `with_options(pipe, num_sampling_steps=20)`."""
+    cfg = replace(pipe.cfg, **changes)
+    return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, cfg.num_sampling_steps), plan=make_plan(cfg))
 
 
 def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:

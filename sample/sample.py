@@ -35,9 +35,10 @@ from configs.tables import markdown_table
 from datasets import class_index, class_names
 from models.hardware import default_device, timed
 from models.macs import readable
-from sample.folder import SAMPLE_RECORD, make_record, video_path
+from sample import SAMPLE_RECORD
+from sample.folder import make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
-from sample.pipeline import Pipeline, load, sample_latents, with_steps
+from sample.pipeline import Pipeline, load, sample_latents, with_options
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
 from sample.similarity import psnr, ssim
 
@@ -95,9 +96,9 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
     size = pipe.cfg.per_proc_batch_size
     batches = [clips[i : i + size] for i in range(0, len(clips), size)]
     if len(plans) > 1:  # the first plan that is timed must not pay for what happens once
-        short = with_steps(pipe, WARM_UP_STEPS)
         for plan in plans:
-            sample_batch(short, batches[0], make_plan(short.cfg, plan.cache))
+            short = with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=plan.cache)
+            sample_batch(short, batches[0], short.plan)
     with tqdm(total=len(batches) * len(runs) * pipe.cfg.num_sampling_steps, unit="step", mininterval=1) as bar:
         for batch in batches:
             for run in runs:

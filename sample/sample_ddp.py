@@ -26,8 +26,9 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from configs.files import write_json
+from sample import DDP_RECORD
 from sample.distributed import Environment, distributed
-from sample.folder import DDP_RECORD, labels_of, open_folder, video_path
+from sample.folder import labels_of, open_folder, video_path
 from sample.media import save_video
 from sample.pipeline import generate, load
 from sample.plans import describe_run
@@ -57,8 +58,7 @@ def main() -> None:
         lines = describe_run(cfg, plans, env.device)
         lines.append(f"task: {len(seeds)} clips, seeds {seeds[0]} ... {seeds[-1]}, to {folder}")
         if args.dry_run:
-            if env.is_main:
-                cli.dry_run(cfg, lines, file_checks(cfg))
+            cli.dry_run(cfg, lines, file_checks(cfg))
             return
 
         missing = env.from_first(lambda: open_folder(folder, cfg, plans[0], env.device))

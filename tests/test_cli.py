@@ -1,6 +1,7 @@
-"""tools/common/cli.py: flags and key=value pairs in any order, every mistake of the user one line."""
+"""configs/cli.py: flags and key=value pairs in any order, every mistake of the user one line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from configs import UserError
-from tools.common.cli import Parser
+from configs import UserError, option
+from configs.cli import Parser, dry_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Options:
-    cfg_scale: float = 1.0
-    seed: int = 0
+    """How samples are drawn."""
+
+    cfg_scale: float = option(1.0, "guidance; 1: none", least=0, most=1000)
+    seed: int = option(0, "of the first clip")
+    method: str = option("ddim", "the sampler", choices=("ddpm", "ddim"))
 
 
 def parser() -> Parser:
@@ -34,8 +38,7 @@ import signal
 import time
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
-from configs import UserError
-from tools.common import cli
+from configs import UserError, cli
 
 def main():
     {body}
@@ -74,11 +77,35 @@ def test_a_wrong_flag_is_one_line(argv, message):
     assert str(caught.value) == message
 
 
-def test_help_shows_the_docstring_and_the_keys(capsys):
+def test_help_shows_the_docstring_and_each_option_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as exit_:
         parser().parse_args(["--help"])
     text = capsys.readouterr().out
-    assert exit_.value.code == 0 and "    python draw.py" in text and "cfg_scale" in text
+    assert exit_.value.code == 0 and "    python draw.py" in text
+    assert re.search(r"^  cfg_scale=1.0 +guidance; 1: none \(0 ... 1000\)$", text, re.MULTILINE)
+    assert re.search(r"^  method=ddim +the sampler \(ddpm \| ddim\)$", text, re.MULTILINE)
+    assert text.index("How samples are drawn.") < text.index("cfg_scale=")
+
+
+def test_pairs_behind_a_flag_of_several_values_are_options():
+    several = parser()
+    several.add_argument("--classes", nargs="+", default=[])
+    several.add_argument("--model", action="append", metavar="NAME=CKPT")
+    args = several.parse_args(["--classes", "Cup", "3", "seed=1", "--model", "A=a.pt"])
+    assert (args.classes, args.overrides, args.model) == (["Cup", "3"], ["seed=1"], ["A=a.pt"])
+
+
+def test_a_dry_run_says_what_will_run_then_the_options_then_all_that_is_missing(capsys):
+    def missing(key: str):
+        def check() -> None:
+            raise UserError(f"{key}: nothing at /nowhere")
+
+        return check
+
+    with pytest.raises(UserError) as caught:
+        dry_run(Options(), ["task: 3 clips"], [lambda: None, missing("ckpt"), missing("vae"), missing("ckpt")])
+    assert capsys.readouterr().out.splitlines() == ["# task: 3 clips", "cfg_scale: 1.0", "seed: 0", "method: ddim"]
+    assert str(caught.value) == "ckpt: nothing at /nowhere; vae: nothing at /nowhere"
 
 
 def test_a_user_error_is_one_line_without_traceback():

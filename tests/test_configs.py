@@ -1,23 +1,33 @@
 """Options: schema, YAML, command line, the original's files, and one clear line for each mistake."""
 
-from dataclasses import fields
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from configs import (
-    INERT,
     ROOT,
     CacheOptions,
     SampleConfig,
     TrainConfig,
     UserError,
     load_config,
-    parse_cache,
+    option,
     require_path,
     to_yaml,
 )
+from configs.files import check_record, differences
+from configs.original import INERT
+from configs.tables import markdown_table
+from datasets import SOURCES
+from datasets.readers import READERS
+from diffusion import PREDICTIONS
+from diffusion.sampling import SAMPLERS
+from diffusion.schedule import NOISE_SCHEDULES
+from models.hardware import DTYPES
+from sample.plans import parse_plan, plan_name
 
 YAMLS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.name != "vae.yaml")
 
@@ -211,10 +221,94 @@ def test_path_that_was_not_filled_in_is_one_line_naming_the_key(value, message):
     ],
 )
 def test_cache_on_the_command_line(text, cache):
-    assert parse_cache(text) == cache
+    assert parse_plan(text) == cache and parse_plan(plan_name(cache)) == cache
 
 
 @pytest.mark.parametrize("text", ["2", "N", "N2-900", "N2-b", "N2-o", "N2-o1-b1", "n2"])
 def test_cache_that_makes_no_sense_shows_the_form(text):
     with pytest.raises(UserError, match="expected N<interval>"):
-        parse_cache(text)
+        parse_plan(text)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("num_frames=0", "num_frames: 0 is less than 1"),
+        ("per_proc_batch_size=0", "per_proc_batch_size: 0 is less than 1"),
+        ("cache.interval=0", "cache.interval: 0 is less than 1"),
+        ("cache.order=4", "cache.order: 4 is outside 0 ... 3"),
+        ("eta=1.5", "eta: 1.5 is outside 0 ... 1"),
+        ("eta=-0.1", "eta: -0.1 is outside 0 ... 1"),
+        ("cfg_scale=nan", "cfg_scale: nan is not a finite number"),
+        ("cfg_scale=inf", "cfg_scale: inf is not a finite number"),
+        ("mlp_ratio=0", "mlp_ratio: 0.0 is not above 0"),
+        ("sample_method=ddmi", "sample_method: 'ddmi' is unknown; valid: ddpm, ddim, dpmsolver++, unipc"),
+        ("precision=fp8", "precision: 'fp8' is unknown; valid: auto, fp32, bf16, fp16"),
+    ],
+)
+def test_a_value_outside_its_option_s_limits_is_one_line(item, message):
+    with pytest.raises(UserError) as caught:
+        load_config(SampleConfig, None, [item])
+    assert str(caught.value) == message
+
+
+def test_limits_hold_for_each_entry_of_a_list_and_not_for_none():
+    @dataclass
+    class Options:
+        steps: list[int] | None = option(None, "steps", least=1)
+        share: float = option(0.5, "share", most=1)
+
+    assert load_config(Options).steps is None
+    assert load_config(Options, None, ["steps=[3,1]"]).steps == [3, 1]
+    with pytest.raises(UserError, match="steps: 0 is less than 1"):
+        load_config(Options, None, ["steps=[3,0]"])
+    with pytest.raises(UserError, match=r"share: 2\.0 is more than 1"):
+        load_config(Options, None, ["share=2"])
+
+
+def choices_of(schema: type, key: str) -> set[str]:
+    return set(next(each for each in fields(schema) if each.name == key).metadata["choices"])
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+    """configs does not import torch, so it names the choices itself."""
+    assert choices_of(SampleConfig, "sample_method") == set(SAMPLERS)
+    assert choices_of(SampleConfig, "precision") == {"auto", *DTYPES}
+    assert choices_of(SampleConfig, "noise_schedule") == set(NOISE_SCHEDULES)
+    assert choices_of(SampleConfig, "prediction") == set(PREDICTIONS)
+    assert choices_of(TrainConfig, "video_reader") == set(READERS)
+    help_of_dataset = next(each for each in fields(TrainConfig) if each.name == "dataset").metadata["help"]
+    assert all(name.removesuffix("_img") in help_of_dataset for name in SOURCES)
+
+
+@pytest.mark.parametrize("schema", [SampleConfig, TrainConfig])
+def test_every_option_says_what_it_does(schema):
+    assert [each.name for each in fields(schema) if each.name != "cache" and not each.metadata.get("help")] == []
+
+
+def test_differences_name_nested_settings_and_both_values():
+    before = {"seed": 0, "cache": {"interval": 2, "order": 0}, "fps": 8, "old": 1}
+    now = {"seed": 0, "cache": {"interval": 3, "order": 0}, "fps": 12}
+    assert differences(before, now) == "cache.interval=2, not 3; fps=8, not 12"
+    assert differences(before, now, ignore={"fps"}) == "cache.interval=2, not 3"
+    assert differences(before, before) == ""
+
+
+def test_a_record_of_other_settings_names_the_option_and_the_difference(tmp_path):
+    path = tmp_path / "made" / "record.json"
+    assert not check_record(path, {"size": 64}, "output")
+    path.parent.mkdir()
+    path.write_text(json.dumps({"size": 64, "more": 1}))
+    assert check_record(path, {"size": 64}, "output")
+    with pytest.raises(UserError, match=rf"output: {path.parent} was made with size=64, not 32; choose another folder"):
+        check_record(path, {"size": 32}, "output")
+
+
+def test_a_markdown_table_aligns_its_cells_and_leaves_out_empty_columns():
+    rows = [{"plan": "uncached", "PSNR": "", "SSIM": ""}, {"plan": "N2", "PSNR": "38.1 dB", "SSIM": ""}]
+    assert markdown_table(rows).splitlines() == [
+        "| plan     |    PSNR |",
+        "| :------- | ------: |",
+        "| uncached |       – |",
+        "| N2       | 38.1 dB |",
+    ]

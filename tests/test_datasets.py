@@ -18,16 +18,8 @@ from safetensors.torch import save_file
 
 from configs import ROOT, UserError
 from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
-from datasets.clips import (
-    BadClip,
-    ClipDataset,
-    find_frame_folders,
-    natural_order,
-    read_frame_folder,
-    read_image,
-    read_video,
-    temporal_crop,
-)
+from datasets.clips import ClipDataset, find_frame_folders, temporal_crop
+from datasets.readers import BadClip, natural_order, read_frame_folder, read_image, read_video
 from datasets.transforms import square
 
 DEMO = ROOT / "datasets" / "demo"

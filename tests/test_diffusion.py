@@ -227,13 +227,11 @@ def test_fixed_variance_has_mse_only():
     assert seen["t"].tolist() == [0, 999] and seen["y"] is labels
 
 
-@pytest.mark.parametrize("sigma_small", [False, True])
-def test_fixed_variance_at_the_first_timestep(sigma_small):
-    """beta or the posterior's variance, and at t = 0, where the latter is zero, that of t = 1."""
-    diffusion = fixed("10", sigma_small=sigma_small)
+def test_fixed_variance_at_the_first_timestep():
+    """beta, and at t = 0 the posterior's variance of t = 1."""
+    diffusion = fixed("10")
     p = diffusion.p_mean_variance(GaussianDenoiser(), torch.randn(3, 1, 4, 2, 2), torch.tensor([0, 1, 5]))
-    expected = diffusion.posterior_variance if sigma_small else diffusion.betas
-    expected = [diffusion.posterior_variance[1], expected[1], expected[5]]
+    expected = [diffusion.posterior_variance[1], diffusion.betas[1], diffusion.betas[5]]
     np.testing.assert_allclose(p["variance"].amax((1, 2, 3, 4)).numpy(), expected, rtol=1e-5)
     torch.testing.assert_close(p["variance"].log(), p["log_variance"])
 
@@ -243,11 +241,11 @@ def test_fixed_variance_at_the_first_timestep(sigma_small):
 
 @pytest.mark.parametrize("respacing", ["", "7"])
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
 def test_ddpm_agrees_with_diffusers(variance, clip, respacing):
-    """Every step of DDPM is diffusers' DDPMScheduler's, on the same noise, in all three variances."""
+    """Every step of DDPM is diffusers' DDPMScheduler's, on the same noise, with a fixed and a learned variance."""
     learn_sigma = variance == "learned_range"
-    options = dict(learn_sigma=learn_sigma, sigma_small=variance == "fixed_small", diffusion_steps=40)
+    options = dict(learn_sigma=learn_sigma, diffusion_steps=40)
     diffusion = create_diffusion(respacing, **options)
     betas = create_diffusion(**options).betas
     scheduler = diffusers.DDPMScheduler(40, trained_betas=betas, variance_type=variance, clip_sample=clip)
@@ -262,7 +260,8 @@ def test_ddpm_agrees_with_diffusers(variance, clip, respacing):
         result = scheduler.step(output, timestep, theirs, generator=generators)
         theirs = result.prev_sample
         torch.testing.assert_close(step["sample"], theirs, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(step["pred_xstart"], result.pred_original_sample, rtol=1e-4, atol=1e-4)
+        # (x - sigma eps) / alpha, with an alpha of 0.002 at the first step: it magnifies fp32's 1e-7 to 1e-4.
+        torch.testing.assert_close(step["pred_xstart"], result.pred_original_sample, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

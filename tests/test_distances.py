@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from configs import ROOT, load_config
-from tools.common.features import load_proxy
-from tools.common.frechet import bootstrap_distances, frechet_distance
-from tools.evaluate import EvaluateConfig, Files, inception_score, kernel_distance
+from tools.metrics.clips import VideoFiles
+from tools.metrics.efficientnet import load_proxy
+from tools.metrics.options import EvaluateConfig
+from tools.metrics.scores import bootstrap_distances, frechet_distance, inception_score, kernel_distance
 
 
 def exact(mean: Tensor, root: Tensor, rows: int) -> Tensor:
@@ -131,14 +132,14 @@ def test_proxy_has_a_half_that_no_order_of_frames_changes(proxy):
 
 
 def test_proxy_distance_rises_with_every_fault(proxy):
-    """Two halves of real clips are near; blur, noise, shuffled and frozen frames move one away, the more the farther.
+    """Two quarters of real clips are near; blur, noise, shuffled and frozen frames move one away, the more the farther.
 
     A distance of the first 40 features alone does not see the shuffling.
     """
     options = [f"real_path={ROOT}/datasets/demo/test", "num_frames=8", "image_size=64"]
-    clips = Files(load_config(EvaluateConfig, None, options), "real_path", wanted=84, stride=3)
-    order = sorted(range(len(clips)), key=lambda i: clips.clips[i][0])  # by class: both halves have each
-    a, b = (torch.stack([clips[i] for i in half]) / 127.5 - 1 for half in (order[::2], order[1::2]))
+    clips = VideoFiles(load_config(EvaluateConfig, None, options), "real_path", wanted=84, stride=3)
+    order = sorted(range(len(clips)), key=lambda i: clips.clips[i][0])  # by class: both quarters have each
+    a, b = (torch.stack([clips[i] for i in quarter]) / 127.5 - 1 for quarter in (order[::4], order[1::4]))
     features = proxy(a)
 
     def distances(videos: Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""tools/common/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
+"""sample/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
 
 import os
 import re
@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from configs import UserError
-from tools.common.distributed import distributed, local_device
+from models.hardware import local_device
+from sample.distributed import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = f"""
@@ -18,8 +19,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 from configs import UserError
-from tools.common import cli
-from tools.common.distributed import distributed
+from configs import cli
+from sample.distributed import distributed
 
 def main():
     with distributed() as env:

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from configs import UserError
-from tools.common import media
-from tools.common.records import describe_machine, write_json
+from configs.files import write_json
+from models.hardware import describe_machine
+from sample import media
 
 
 def gradient(num_videos: int, frames: int, height: int, width: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ import torch
 
 from configs import SampleConfig, UserError, load_config
 from models import SIZES, get_models, parse_name
-from models.latte import Latte, fastest_attention
+from models.hardware import fastest_attention
+from models.latte import Latte
 from models.skip_cache import SkipCache, cached_step, forecast_weights, full_step, interval_plan
 
 TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)

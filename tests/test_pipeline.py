@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from configs import CacheOptions, SampleConfig, UserError, load_config
-from models import get_models
+from diffusion import make_diffusion
+from models import get_models, hardware
+from models.latte import Latte
+from models.macs import step_macs
 from models.skip_cache import SkipCache, interval_plan
 from sample import pipeline
-from sample.pipeline import Pipeline, generate, load, make_diffusion, resolve, sample_latents
+from sample.pipeline import Pipeline, generate, load, resolve, sample_latents, with_options
+from sample.plans import Plan, make_plan
 from tests.conftest import save_random_weights
-from tools.common.macs import step_macs
 
 CPU = torch.device("cpu")
 N2 = CacheOptions(interval=2, start=900, stop=50, depth=1)
+
+
+def make_pipeline(cfg: SampleConfig, model: Latte, device: torch.device = CPU) -> Pipeline:
+    """A pipeline that cannot decode."""
+    return Pipeline(cfg, model, None, make_diffusion(cfg, cfg.num_sampling_steps), device, make_plan(cfg), model)
 
 
 def options(tiny, *overrides: str) -> SampleConfig:
@@ -24,6 +32,11 @@ def options(tiny, *overrides: str) -> SampleConfig:
 @pytest.fixture(scope="module")
 def pipe(tiny) -> Pipeline:
     return load(options(tiny), CPU)
+
+
+@pytest.fixture(scope="module")
+def n2(pipe) -> Plan:
+    return make_plan(pipe.cfg, N2)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -44,28 +57,27 @@ def test_interval_1_equals_uncached_bit_for_bit(pipe):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++", "unipc"])
-@pytest.mark.parametrize("cache", [None, N2], ids=["uncached", "N2"])
+@pytest.mark.parametrize("cache", [CacheOptions(interval=1), N2], ids=["uncached", "N2"])
 def test_a_seed_names_a_clip_at_any_batch_size(tiny, pipe, method, cache):
-    pipe = replace(pipe, cfg=replace(pipe.cfg, sample_method=method))
-    together = sample_latents(pipe, [7, 8, 9], [0, 1, 2], cache)
+    pipe = with_options(pipe, sample_method=method, cache=cache)
+    together = sample_latents(pipe, [7, 8, 9], [0, 1, 2])
     for i, seed in enumerate([7, 8, 9]):
-        assert relative(sample_latents(pipe, [seed], [i], cache)[0], together[i]) < 1e-4
+        assert relative(sample_latents(pipe, [seed], [i])[0], together[i]) < 1e-4
     assert relative(together[0], together[1]) > 0.1  # and seeds differ
 
 
-def test_a_cached_run_differs_from_its_uncached_twin_but_stays_near(pipe):
-    uncached, cached = (sample_latents(pipe, [3], [0], cache) for cache in (None, N2))
+def test_a_cached_run_differs_from_its_uncached_twin_but_stays_near(pipe, n2):
+    uncached, cached = (sample_latents(pipe, [3], [0], plan) for plan in (None, n2))
     assert 0 < relative(cached, uncached) < 1
 
 
-def test_two_caches_on_one_model_share_nothing(pipe):
+def test_two_caches_on_one_model_share_nothing(pipe, n2):
     """Two runs that take turns, step by step, give what each gives alone, though their batches differ."""
-    alone = [sample_latents(pipe, [0], [1], N2), sample_latents(pipe, [1, 2], [0, 2], N2)]
-    plan = pipeline.plan_steps(pipe.diffusion, N2)
+    alone = [sample_latents(pipe, [0], [1], n2), sample_latents(pipe, [1, 2], [0, 2], n2)]
 
     def progressive(seeds, labels):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        denoiser = pipeline.Guided(SkipCache(pipe.model, plan), pipe.cfg.cfg_scale, pipe.model.num_classes)
+        denoiser = pipeline.Guided(SkipCache(pipe.model, n2.full), pipe.cfg.cfg_scale, pipe.model.num_classes)
         shape, kwargs = (len(seeds), 4, 4, 4, 4), {"y": torch.tensor(labels)}
         return pipe.diffusion.ddim_sample_loop_progressive(denoiser, shape, None, False, kwargs, generators=generators)
 
@@ -74,17 +86,17 @@ def test_two_caches_on_one_model_share_nothing(pipe):
     assert torch.equal(last[0], alone[0]) and torch.equal(last[1], alone[1])
 
 
-def test_an_aborted_run_leaves_nothing_behind(pipe):
+def test_an_aborted_run_leaves_nothing_behind(pipe, n2):
     """A run of another batch size dies after its cache was filled; the next run is as if it never was."""
-    before = sample_latents(pipe, [4], [1], N2)
+    before = sample_latents(pipe, [4], [1], n2)
     state = set(vars(pipe.model)), set(vars(pipe.model.blocks[0]))
 
     def dies(*args):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample_latents(replace(pipe, steps=(pipe.steps[0], dies)), [1, 2, 3], [0, 0, 0], N2)
-    assert torch.equal(sample_latents(pipe, [4], [1], N2), before)
+        sample_latents(replace(pipe, steps=(pipe.steps[0], dies)), [1, 2, 3], [0, 0, 0], n2)
+    assert torch.equal(sample_latents(pipe, [4], [1], n2), before)
     assert state == (set(vars(pipe.model)), set(vars(pipe.model.blocks[0])))
 
 
@@ -94,7 +106,7 @@ def test_the_loop_never_waits_for_the_device(tiny, monkeypatch, method):
     cfg = options(tiny, f"sample_method={method}", "cache.interval=2", "attention_mode=math")
     with torch.device("meta"):
         model = get_models(cfg)
-    pipe = Pipeline(cfg, model, None, make_diffusion(cfg), torch.device("meta"), model)
+    pipe = make_pipeline(cfg, model, torch.device("meta"))
     host = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device: host())  # meta has no generators
     monkeypatch.setattr(pipeline, "check_finite", lambda *_: None)
@@ -107,8 +119,9 @@ def test_compiled_loop_equals_eager(tiny, tmp_path):
     cfg = options(tiny, "depth=4", f"ckpt={tmp_path}/two_layers.safetensors", "use_compile=true")
     save_random_weights(get_models(cfg), cfg.ckpt)
     compiled, eager = load(cfg, CPU), load(replace(cfg, use_compile=False), CPU)
-    for cache in (None, N2):
-        assert relative(sample_latents(compiled, [0], [1], cache), sample_latents(eager, [0], [1], cache)) < 1e-4
+    for cache in (CacheOptions(interval=1), N2):
+        plan = make_plan(eager.cfg, cache)
+        assert relative(sample_latents(compiled, [0], [1], plan), sample_latents(eager, [0], [1], plan)) < 1e-4
 
 
 def test_bf16_stays_near_fp32_and_its_latents_are_fp32(tiny, pipe):
@@ -133,8 +146,8 @@ def test_latents_that_are_not_finite_are_an_error(pipe):
 def test_unconditional_model(tiny, tmp_path):
     cfg = options(tiny, "num_classes=null", "cfg_scale=1", "extras=1")
     model = get_models(cfg)
-    pipe = Pipeline(cfg, model, None, make_diffusion(cfg), CPU, model)
-    assert sample_latents(pipe, [0, 1], None, N2).shape == (2, 4, 4, 4, 4)
+    pipe = make_pipeline(cfg, model)
+    assert sample_latents(pipe, [0, 1], None, make_plan(cfg, N2)).shape == (2, 4, 4, 4, 4)
 
 
 def test_step_macs():
@@ -178,9 +191,10 @@ def test_interval_comes_from_the_cache_block_else_from_the_name(model, block, in
     [({"amx_bf16"}, "bf16"), ({"avx512_bf16"}, "bf16"), ({"avx512f", "avx512_fp16"}, "fp32"), (set(), "fp32")],
 )
 @pytest.mark.parametrize("use_fp16", [True, False])
-def test_a_cpu_computes_in_the_type_it_has_units_for(monkeypatch, units, chosen, use_fp16):
+def test_a_cpu_computes_in_the_type_it_has_units_for(monkeypatch, tmp_path, units, chosen, use_fp16):
     """Also with use_fp16: fp16 would run in software."""
-    monkeypatch.setattr(pipeline, "cpu_flags", lambda: units)
+    (tmp_path / "cpuinfo").write_text(f"model name : A processor\nflags\t\t: fpu {' '.join(units)}\n\nflags : other\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     assert resolve(SampleConfig(use_fp16=use_fp16), CPU).precision == chosen
 
 
@@ -212,7 +226,9 @@ def test_attention_follows_the_precision():
         (["num_classes=null"], "this model has no classes; use cfg_scale=1"),
         (["class_dropout_prob=0"], "this model has no null label"),
         (["ckpt=null"], "ckpt is not set"),
-        (["ckpt=/path/to/x.pt"], "no checkpoint /path/to/x.pt"),
+        (["ckpt=/path/to/x.pt"], "ckpt still holds the placeholder /path/to/x.pt"),
+        (["ckpt=/nowhere.pt"], "ckpt: nothing at /nowhere.pt; published weights: python pretrained/download_ckpts.py"),
+        (["ckpt=/tmp"], "no checkpoint /tmp (a folder)"),
         (["pretrained_model_path=/nowhere"], "pretrained_model_path: nothing at /nowhere"),
         (["vae=mse"], "no VAE in"),
         (["image_size=64"], "image_size=32"),
@@ -223,3 +239,17 @@ def test_every_mistake_is_one_line(tiny, overrides, message):
     with pytest.raises(UserError) as error:
         load(options(tiny, *overrides), CPU)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pipeline_with_other_options_has_their_steps_and_plan(pipe):
+    short = with_options(pipe, num_sampling_steps=4, cache=N2)
+    assert short.diffusion.num_timesteps == len(short.plan.full) == 4 and short.plan.name == "N2"
+    assert short.model is pipe.model and pipe.plan.name == "uncached" and len(pipe.plan.full) == 6
+
+
+def test_a_plan_knows_its_steps_name_and_cost(pipe):
+    """Timesteps 999, 799, 600, 400, 200, 0: full at t >= 900 and at every second step; guidance doubles the rows."""
+    plan, macs = make_plan(pipe.cfg, N2), step_macs(pipe.cfg)
+    assert plan.full == (True, False, True, False, True, False)
+    assert plan.macs == 2 * (3 * macs.full + 3 * macs.cached) and plan.macs_uncached == 2 * 6 * macs.full
+    assert plan.record()["steps"] == "FcFcFc" and plan.share == plan.macs / plan.macs_uncached

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from configs import UserError
+from sample.media import save_video
 from tests.test_evaluate import clip
 from tests.test_fidelity import read_markdown
 from tools import proxy_response
-from tools.common.media import save_video
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_the_table_repeats_and_shows_faults(run, tmp_path):
         weak, _, strong = (float(x) for x in line[2].split(" / "))
         assert strong > max(weak, texture)
     assert float(repeated[3].split(" / ")[2]) > motion
-    assert shuffled[2] == " / ".join([floor[2]] * 3) and shuffled[3] != " / ".join([floor[3]] * 3)
+    # Sums over time in another order are rounded otherwise, and so may be the last of the three digits shown.
+    assert [float(x) for x in shuffled[2].split(" / ")] == pytest.approx([texture] * 3, rel=5e-3)
+    assert shuffled[3] != " / ".join([floor[3]] * 3)
 
 
 def test_faults_are_what_the_table_says():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
+from math import log2
 from pathlib import Path
 
 import av
@@ -17,10 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+import configs
 from configs import SampleConfig, UserError, load_config
 from sample import sample
+from sample.media import save_video
 from tools import report
-from tools.common.media import save_video
+from tools.common import documents
+from tools.common.documents import markdown, readable, tree
 
 NAME = "<evil>&\"'"  # what a class folder may be called
 PLANS = ("uncached", "N2", "N3")
@@ -30,15 +34,19 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory) -> Path:
-    """What sample.py --compare wrote for two clips, with videos whose frames can be told apart by their grey."""
+    """What sample.py --compare wrote for two clips, with videos whose frames can be told apart by their grey.
+
+    The videos that were sampled are in the folder `sampled` beside it.
+    """
     folder = tmp_path_factory.mktemp("report") / "run"
     options = ["--config", str(tiny), "--classes", "2", "0", "--compare", "--cache", *PLANS[1:]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sample.py", *options, f"save_video_path={folder}"])
         sample.main()
-    record = json.loads((folder / report.RECORD).read_text())
+    shutil.copytree(folder, folder.with_name("sampled"))
+    record = json.loads((folder / report.SAMPLE_RECORD).read_text())
     record["clips"][1]["name"] = NAME
-    (folder / report.RECORD).write_text(json.dumps(record))
+    (folder / report.SAMPLE_RECORD).write_text(json.dumps(record))
     for i, plan in enumerate(PLANS):
         for j, name in enumerate(("000000_class2", f"000001_{NAME}")):
             grey = torch.linspace(-0.8, 0.5, FRAMES) + 0.1 * i + 0.05 * j
@@ -86,6 +94,14 @@ class Page(HTMLParser):
         return [data for name, data in self.texts if name == tag]
 
 
+def script(page: Page) -> tuple[str, str, str]:
+    """The first line, the YAML and the command of what a shell is given to sample the clips again."""
+    (text,) = page.text("pre")
+    start, rest = text.split("\n", 1)
+    options, command = rest.split("END\n")
+    return start, options, command
+
+
 def make(monkeypatch, *argv: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, argv)])
     report.main()
@@ -107,7 +123,7 @@ def test_the_page_holds_every_video_and_needs_nothing_else(run, tmp_path, monkey
 def test_figures_plans_and_options_are_those_of_the_record(run, tiny, tmp_path, monkeypatch):
     """The YAML in the page makes the same run again."""
     make(monkeypatch, run, f"output={tmp_path}/page.html")
-    page, record = Page(tmp_path / "page.html"), json.loads((run / report.RECORD).read_text())
+    page, record = Page(tmp_path / "page.html"), json.loads((run / report.SAMPLE_RECORD).read_text())
     cells = page.text("td")  # of the uncached row, five
     for name, row, entry in zip(PLANS[1:], (cells[5:13], cells[13:21]), record["runs"][1:], strict=True):
         assert row[0] == name and row[4:6] == [f"{entry['speedup']:.2f}", f"{entry['psnr']:.1f} dB"]
@@ -116,11 +132,48 @@ def test_figures_plans_and_options_are_those_of_the_record(run, tiny, tmp_path, 
         paths = [attrs["d"] for tag, attrs in page.elements if tag == "path" and attrs.get("class") == kind]
         assert [path.count("M") for path in paths] == numbers
     assert [run["plan"]["full_steps"] for run in record["runs"]] == steps["full"]
-    command, options = page.text("pre")
+    start, options, command = script(page)
+    assert start == "cat > run.yaml <<'END'"
     assert command == "python sample/sample.py --config run.yaml --compare --cache N2 N3 --classes 2 0"
     (tmp_path / "run.yaml").write_text(options)
     assert asdict(load_config(SampleConfig, tmp_path / "run.yaml")) == record["config"]
     assert record["checkpoint"]["sha256"] in cells and record["machine"] in cells
+
+
+def test_the_script_of_the_page_samples_the_same_clips(run, tmp_path, monkeypatch):
+    """Bash runs it with the program's own command line; another folder is given, where the videos are compared."""
+    make(monkeypatch, run, f"output={tmp_path}/page.html")
+    (text,) = Page(tmp_path / "page.html").text("pre")
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > argv\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e"], input=text, text=True, cwd=tmp_path, env=environment, check=True)
+    program, *arguments = (tmp_path / "argv").read_text().splitlines()
+    assert program == "sample/sample.py" and (configs.ROOT / program).is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *arguments, "save_video_path=again"])
+    sample.main()
+    for path in sorted(run.with_name("sampled").glob("*/0*.mp4")):
+        assert Path("again", path.parent.name, path.name).read_bytes() == path.read_bytes()
+    assert len(list(Path("again").glob("*/0*.mp4"))) == 6
+
+
+def test_paths_inside_the_repository_start_at_its_root(run, tmp_path, monkeypatch):
+    """In the options, which load as before, the checkpoint and every file; a path elsewhere stays whole."""
+    record = json.loads((run / report.SAMPLE_RECORD).read_text())
+    root, other = Path(record["config"]["pretrained_model_path"]), "/elsewhere" + str(tmp_path)
+    for module in (configs, documents):
+        monkeypatch.setattr(module, "ROOT", root)
+    (tmp_path / "paths.md").write_text(f"from {root}/a.mp4, not {root}s/b or {other}{root}/c")
+    (tmp_path / "paths.json").write_text(json.dumps({"file": f"{root}/a.mp4"}))
+    make(monkeypatch, run, tmp_path / "paths.md", tmp_path / "paths.json", f"output={tmp_path}/page.html")
+    page = Page(tmp_path / "page.html")
+    _, options, _ = script(page)
+    assert "ckpt: skip.safetensors\n" in options and str(root) + "/" not in options
+    (tmp_path / "run.yaml").write_text(options)
+    assert asdict(load_config(SampleConfig, tmp_path / "run.yaml")) == record["config"]
+    assert {"skip.safetensors", "a.mp4"} <= set(page.text("td"))
+    assert f"from a.mp4, not {root}s/b or {other}{root}/c" in page.text("p")
 
 
 def test_other_material_is_shown_and_text_is_never_markup(run, tmp_path, monkeypatch):
@@ -145,8 +198,9 @@ def test_other_material_is_shown_and_text_is_never_markup(run, tmp_path, monkeyp
     assert page.sources("img") == [f"data:image/png;base64,{png}"]
     assert {"plot <evil>.png", "sweep.csv", "notes.md"} <= set(page.text("figcaption"))
     assert {"<evil>, N2", "48.6", "1.5", "<evil>", "1.235, ", "True"} <= set(page.text("td"))
-    assert page.text("strong") == ["N2"] and page.text("code") == ["code"] and page.text("li") == ["one", "two"]
-    assert "A link <evil> and " in page.text("p") and "x  y" in page.text("pre") and "and 79 more" in page.text("p")
+    assert page.text("strong") == ["N2"] and page.text("code") == ["code", "x  y\n"]
+    assert page.text("li") == ["one", "two"] and ", ".join(["0"] * 20) + " and 79 more" in page.text("td")
+    assert page.text("a") == ["link"] and " <evil>\nand " in page.text("p")
     html = (tmp_path / "page.html").read_text()
     assert '<th>plan</th><th class="number">dB</th>' in html and '<td class="number">48.6</td>' in html
 
@@ -159,8 +213,134 @@ def test_only_so_many_clips_and_a_word_when_the_page_is_large(run, tmp_path, mon
     assert "slowly: max_clips=1 can be lowered" in capsys.readouterr().out.splitlines()[1]
 
 
-def test_a_table_may_be_a_header_alone():
-    assert '<th class="number">plan</th>' in report.markdown("| plan | dB |")
+def test_a_table_may_be_a_header_alone(tmp_path):
+    assert "<th>plan</th>" in markdown("| plan | dB |\n|--|--|", tmp_path)
+    (tmp_path / "sweep.csv").write_text("plan,dB\n")
+    assert "<th>plan</th>" in report.material(tmp_path / "sweep.csv")
+
+
+def test_html_in_markdown_is_text(tmp_path):
+    """Neither blocks, nor elements in a line, nor the targets of links and pictures become live."""
+    lines = ["<script>alert(1)</script>", "", "a <b onclick='x()'>bold</b> word", "", "<div>", "**no**", "</div>", ""]
+    lines += ["[x](javascript:alert(1)) <https://a.example> [y][z]", "", "[z]: javascript:alert(2)", ""]
+    lines += ["![p](https://a.example/p.png) ![q](javascript:alert(3))", "", "```<evil>", "<i>", "```"]
+    path = tmp_path / "page.html"
+    path.write_text(markdown("\n".join(lines), tmp_path))
+    page = Page(path)
+    assert {tag for tag, _ in page.elements} <= {"p", "a", "span", "strong", "pre", "code"}
+    assert all(not attrs for _, attrs in page.elements)
+    text = "".join(text for _, text in page.texts)
+    assert "<script>alert(1)</script>" in text and "<b onclick='x()'>bold</b>" in text and "<i>" in text
+    assert page.text("a") == ["x", "https://a.example", "y"]
+
+
+def test_pictures_of_markdown_come_from_beside_it(tmp_path):
+    """A file inside the folder is in the page; one outside of it, one that is missing or one of the web is left out."""
+    folder = tmp_path / "notes"
+    (folder / "my plots").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "my plots/a.png")
+    Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
+    (folder / "b.txt").touch()
+    sources = ["my%20plots/a.png", "../secret.png", "none.png", "b.txt", "http://a.example/a.png"]
+    html = markdown("".join(f"![x]({source}) " for source in sources), folder)
+    encoded = base64.b64encode((folder / "my plots/a.png").read_bytes()).decode()
+    assert html.count("<img") == 1 and f'src="data:image/png;base64,{encoded}"' in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "exact"),
+    [
+        (20029378560, "20.0 G", "20029378560"),
+        ("40058757120", "40.1 G", "40058757120"),
+        ("-1234567.8", "-1.23 M", "-1234567.8"),
+        (999_999_999, "1.00 G", "999999999"),
+        (999_999, "999999", ""),
+        ("2026", "2026", ""),
+        ("007", "007", ""),
+        (12345678901234567890, "12345678901234567890", ""),
+        ("0.5950471210001069", "0.5950", "0.5950471210001069"),
+        (38.98322023664202, "38.98", "38.98322023664202"),
+        ("54321.98765", "54322", "54321.98765"),
+        ("0.000012345678", "1.235e-05", "0.000012345678"),
+        ("1.50", "1.50", ""),
+        (0.001, "0.001", ""),
+        (True, "True", ""),
+        (None, "", ""),
+        ("4a2389fa3555306241f9", "4a2389fa3555306241f9", ""),
+        ("nan", "nan", ""),
+        ("2.14.1+cu130", "2.14.1+cu130", ""),
+    ],
+)
+def test_numbers_are_readable_and_their_exact_values_are_kept(value, text, exact):
+    shown = readable(value)
+    assert (shown["text"], shown["exact"]) == (text, exact)
+
+
+def test_tables_of_every_format_show_readable_numbers(run, tmp_path, monkeypatch):
+    """The exact value is the cell's title, in a .csv, a .json, a table in Markdown and a row that is cut short."""
+    (tmp_path / "a.csv").write_text("plan,macs\nN2,20029378560\nN4\n")
+    (tmp_path / "b.json").write_text(json.dumps({"x": {"macs": 20029378561}, "y": {"macs": 7}}))
+    (tmp_path / "c.md").write_text("| plan | macs |\n|--|--:|\n| N2 | 20029378562 |\n")
+    make(monkeypatch, *(tmp_path / name for name in ("a.csv", "b.json", "c.md")), f"output={tmp_path}/page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.text("td") == ["N2", "20.0 G", "N4", "x", "20.0 G", "y", "7", "N2", "20.0 G"]
+    titles = [attrs["title"] for tag, attrs in page.elements if tag == "td" and "title" in attrs]
+    assert titles == ["20029378560", "20029378561", "20029378562"]
+    aligned = [attrs.get("class", attrs.get("style")) for tag, attrs in page.elements if tag == "th"]
+    assert aligned == [None, "number", None, "number", None, "text-align: right;"]
+
+
+def test_long_lists_of_records_say_how_many_are_left_out():
+    assert tree([{"n": i} for i in range(25)])["more"] == 5
+    assert len(tree([{"n": i} for i in range(25)])["rows"]) == 20
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A run folder of train.py: a log that a crash cut short, previews of three steps, the options."""
+    folder = tmp_path / "000-Latte"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"model: Latte\ndata_path: {report.ROOT}/datasets/demo\n")
+    entries = [{"step": 10 * i, "loss": 2.0**-i, "lr": 1e-3} for i in range(1, 4)]
+    entries += [{"step": 20, "validation_loss": 0.75}, {"step": 40, "loss": float("nan"), "lr": 5e-4}]
+    lines = [json.dumps(entry) for entry in entries]
+    (folder / "log.jsonl").write_text("\n".join([*lines, '{"step": 50, "lo']))
+    for step in (5, 10, 20):
+        for plan, grey in (("N2", 0.5), ("uncached", -0.5)):
+            video = torch.full((FRAMES, 3, 16, 32), grey)
+            save_video(folder / f"previews/{step:07d}-{plan}.mp4", video, fps=8)
+    return folder
+
+
+def test_a_training_run_shows_its_curves_newest_previews_and_options(trained, tmp_path, monkeypatch):
+    make(monkeypatch, trained, f"output={tmp_path}/page.html", "max_clips=2")
+    page = Page(tmp_path / "page.html")
+    curves = [attrs["d"] for tag, attrs in page.elements if tag == "path" and "curve" in attrs.get("class", "")]
+    assert curves == ["M10.0 1.0L20.0 2.0L30.0 3.0h0", f"M20.0 {-log2(0.75)}h0"]
+    assert page.text("span")[:6] == ["0.750", "0.306", "0.125", "10", "step", "30"]
+    assert page.text("th") == ["step", "loss", "lr", "validation_loss"]
+    assert page.text("td") == ["40", "nan", "0.0005", "0.75"]
+    shown = [base64.b64decode(src.removeprefix("data:video/mp4;base64,")) for src in page.sources("video")]
+    names = [f"{step:07d}-{plan}.mp4" for step in (20, 10) for plan in ("uncached", "N2")]
+    assert shown == [(trained / "previews" / name).read_bytes() for name in names]
+    assert [attrs["data-fps"] for _, attrs in page.elements if "data-fps" in attrs] == ["8"]
+    assert page.text("b") == ["uncached", "N2"] and page.text("pre") == ["model: Latte\ndata_path: datasets/demo\n"]
+
+
+def test_a_long_curve_is_thinned_by_means():
+    entries = [{"step": step, "loss": 1.0 if step % 2 else 3.0} for step in range(1, 2 * report.MOST_POINTS + 1)]
+    points = report.curve(entries, "loss")
+    assert points[0] == (1.5, 1.0) and points[-1] == (2 * report.MOST_POINTS - 0.5, 1.0)  # log2 of the mean, 2
+    assert len(points) == report.MOST_POINTS
+
+
+def test_a_training_run_without_losses_and_previews_shows_what_there_is(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text("model: Latte\n")
+    make(monkeypatch, tmp_path, f"output={tmp_path}/page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.text("pre") == ["model: Latte\n"]
+    assert not {"figure", "table", "video"} & {tag for tag, _ in page.elements}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +348,12 @@ def test_a_table_may_be_a_header_alone():
     [
         ([], "give a folder, as in: "),
         (["{tmp}/none"], "nothing at .*none: give a folder that sample.py wrote"),
-        (["{tmp}/empty"], r"empty: no sample.json \(sample/sample.py writes it\) and no .png, .md, .csv, .json file"),
+        (
+            ["{tmp}/empty"],
+            r"empty: no sample.json \(sample/sample.py writes it\), no log.jsonl \(train.py writes it\) and no ",
+        ),
+        (["{tmp}/strange"], "strange/log.jsonl is no record of train.py: KeyError"),
+        (["{tmp}/half"], "half/sample.json is no record of sample/sample.py: UndefinedError"),
         (["{tmp}/other"], "other/sample.json is no record of sample/sample.py: KeyError"),
         (["{tmp}/cut"], "cut/sample.json is no record of sample/sample.py: JSONDecodeError"),
         (["{tmp}/cut.json"], "cut.json is not JSON"),
@@ -179,9 +364,15 @@ def test_a_table_may_be_a_header_alone():
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path, monkeypatch, arguments, message):
-    for name, text in {"other": "{}", "cut": '{"config"', "lost": (run / report.RECORD).read_text()}.items():
+    for name, text in {"other": "{}", "cut": '{"config"', "lost": (run / report.SAMPLE_RECORD).read_text()}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / report.RECORD).write_text(text)
+        (tmp_path / name / report.SAMPLE_RECORD).write_text(text)
+    half = json.loads((run / report.SAMPLE_RECORD).read_text())
+    del half["versions"]
+    shutil.copytree(run, tmp_path / "half")
+    (tmp_path / "half" / report.SAMPLE_RECORD).write_text(json.dumps(half))
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/log.jsonl").write_text('{"loss": 1.0}\n')
     (tmp_path / "cut.json").write_text("[1, ")
     (tmp_path / "latin.md").write_text("Fréchet", encoding="latin-1")
     (tmp_path / "empty").mkdir()
@@ -322,6 +513,8 @@ def test_in_a_browser_every_clip_shows_the_same_frame(run, tmp_path, monkeypatch
     difference = expected[:, 3].copy()
     difference[[1, 2, 4, 5]] = np.abs(difference[[1, 2, 4, 5]] - difference[[0, 0, 3, 3]])
     assert np.abs(browser.greys("press('d'); return greys()") - difference).max() < 2
+    assert np.abs(browser.greys("press('D'); return greys()") - expected[:, 3]).max() < 2  # shift or caps lock
+    assert np.abs(browser.greys("press('D'); return greys()") - difference).max() < 2
     style = "return document.querySelectorAll('canvas').values().map((c) => getComputedStyle(c).filter).toArray()"
     assert browser.evaluate(style) == ["none", "brightness(8)", "brightness(8)"] * 2
 
@@ -344,3 +537,47 @@ def test_a_frame_that_a_browser_shows_late_is_waited_for(run, tmp_path, monkeypa
     assert browser.evaluate("return late") == 3 * len(expected) * (FRAMES - 1)
     for frame in range(FRAMES):
         assert np.abs(browser.shown_at(frame) - expected[:, frame]).max() < 2
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_in_a_browser_no_cell_takes_more_than_two_lines_and_only_tables_scroll(
+    run, tmp_path, monkeypatch, browser, width
+):
+    """At the width of a screen and of a phone: long names, many columns, long texts, prose."""
+    header = ["name", "machine", *(f"reference_relative_l1_margin_{i}" for i in range(12))]
+    row = ["dpmsolver++-10-g2.5-uncached", "Processor (1 threads on 2 cores), " * 5, *["0.11123702011123725"] * 12]
+    with (tmp_path / "sweep.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, row, row])
+    records = [{"id": i, "text": "a long text " * 12, "deep": {"a": {"b": [1, 2]}, "c": "d"}} for i in range(3)]
+    (tmp_path / "record.json").write_text(json.dumps({"machine": "m" * 200, "rows": records}))
+    (tmp_path / "notes.md").write_text("| plan | text |\n|--|--|\n| N2 | " + "a long text " * 12 + "|\n")
+    files = [tmp_path / name for name in ("sweep.csv", "record.json", "notes.md")]
+    make(monkeypatch, run, *files, f"output={tmp_path}/page.html")
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(tmp_path / "page.html")
+    cells = browser.evaluate("""
+        document.querySelectorAll("main > details").forEach((details) => details.open = true);
+        const rows = [...document.querySelectorAll("tr")].filter((row) => !row.querySelector(":scope > td > table"));
+        return rows.flatMap((row) => [...row.cells]).map((cell) => {
+            const {paddingTop, paddingBottom, lineHeight} = getComputedStyle(cell);
+            return (cell.clientHeight - parseFloat(paddingTop) - parseFloat(paddingBottom)) / parseFloat(lineHeight);
+        });""")  # fmt: skip
+    assert len(cells) > 60 and min(cells) > 0.9 and max(cells) <= 2
+    page = browser.evaluate("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert page[0] == page[1]
+    scrolls = browser.evaluate("""
+        return [...document.querySelectorAll("figure .scroll")].map(
+            (box) => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto");""")
+    assert scrolls[-2:] == [True, True] if width == 400 else scrolls[1]  # the .csv and the table of the .md
+
+
+def test_in_a_browser_previews_of_a_training_run_play_in_step(trained, tmp_path, monkeypatch, browser):
+    make(monkeypatch, trained, f"output={tmp_path}/page.html")
+    browser.open(tmp_path / "page.html")
+    assert browser.evaluate("return document.querySelectorAll('canvas').length") == 6
+    sizes = browser.evaluate(
+        "return [...document.querySelectorAll('canvas')].map((c) => c.offsetWidth / c.offsetHeight)"
+    )
+    assert np.allclose(sizes, 2, atol=0.02)  # as the videos, 32 x 16
+    assert browser.evaluate("return document.querySelector('.curves svg').getBoundingClientRect().height") > 100
+    assert browser.seen("Runtime.exceptionThrown") == []

@@ -11,10 +11,12 @@ from pathlib import Path
 import av
 import pytest
 import torch
+import yaml
 
 from configs import ROOT, SampleConfig, UserError, load_config, to_yaml
-from datasets.clips import read_video
-from sample import options, pipeline, sample, sample_ddp
+from datasets.readers import read_video
+from sample import folder, pipeline, sample, sample_ddp
+from sample.plans import make_plan
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPTS = sorted(path for path in (ROOT / "sample/scripts").glob("*/*.sh") if path.name != "demo.sh")
@@ -77,9 +79,9 @@ def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, 
     assert n3["plan"]["cache"] == {"interval": 3, "start": 900, "stop": 50, "depth": 2, "order": 0}
     for figures in (n2, n3):
         assert figures["speedup"] > 0 and 10 < figures["psnr"] < 100 and 0.5 < figures["ssim"] <= 1
-    table = capsys.readouterr().out.splitlines()[-6:-2]
-    assert [line.split()[0] for line in table] == ["sampling", "uncached", "N2", "N3-b2"]
-    assert "1.00x" in table[1] and " dB" in table[2]
+    table = capsys.readouterr().out.splitlines()[-7:-2]
+    assert [line.split()[1] for line in table] == ["plan", ":-------", "uncached", "N2", "N3-b2"]
+    assert "1.00x" in table[2] and " dB" in table[3]
 
 
 def test_compared_videos_are_those_of_separate_runs(tiny, tmp_path, monkeypatch):
@@ -99,24 +101,16 @@ def test_classes_have_their_names_from_the_data(tiny, tmp_path, monkeypatch):
     assert "Bee" in sample_error(monkeypatch, sample, "--config", tiny, *names, "--classes", "bea")
 
 
-def test_dry_run_prints_yaml_that_can_be_run(tiny, tmp_path, monkeypatch, capsys):
-    """It needs no weights; its output is a YAML file with the size of the model, the plan and the cost as comments."""
-    command = [
-        "--config",
-        tiny,
-        "--ckpt",
-        "/nowhere.pt",
-        "pretrained_model_path=/nowhere",
-        "--deepcache",
-        "2",
-        "--dry-run",
-    ]
-    run(monkeypatch, sample, *command, f"save_video_path={tmp_path}/out")
+def test_dry_run_prints_yaml_that_can_be_run_and_names_missing_files(tiny, tmp_path, monkeypatch, capsys):
+    """Its output is a YAML file: first, as comments, the model's size, the plan and the cost; then the options."""
+    command = ["--config", tiny, "--ckpt", "/nowhere.pt", "pretrained_model_path=/nowhere", "--deepcache", "2"]
+    error = sample_error(monkeypatch, sample, *command, "--dry-run", f"save_video_path={tmp_path}/out")
+    assert "ckpt: nothing at /nowhere.pt" in error and "pretrained_model_path: nothing at /nowhere" in error
     text = capsys.readouterr().out
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(SampleConfig, tmp_path / "resolved.yaml")
     assert resolved.ckpt == "/nowhere.pt" and resolved.cache.interval == 2 and resolved.attention_mode == "sdpa"
-    assert text.startswith(to_yaml(resolved))
+    assert text.startswith("# model: Latte-skip, ") and text.endswith(to_yaml(resolved))
     assert "45,904 parameters" in text and "3 full and 3 cached steps" in text and "expected speed-up 1.32x" in text
     assert not (tmp_path / "out").exists()
 
@@ -158,7 +152,7 @@ def test_flags_left_out_keep_the_values_of_the_yaml(tiny, monkeypatch, capsys):
         (["--num_sampling_steps", "many"], "num_sampling_steps"),
         (["--num_sampling_steps", "2000"], "2000"),
         (["cfg_scal=2"], "did you mean cfg_scale?"),
-        (["--ckpt", "nowhere.pt"], "no checkpoint"),
+        (["--ckpt", "nowhere.pt"], "ckpt: nothing at"),
         (["vae=other"], "no VAE in"),
     ],
 )
@@ -215,7 +209,7 @@ def test_ddp_refuses_to_mix_settings_in_a_folder(tiny, tmp_path, monkeypatch):
     run(monkeypatch, sample_ddp, *command, "--ckpt", moved, "attention_mode=math", "per_proc_batch_size=1")
 
     error = sample_error(monkeypatch, sample_ddp, *command, "cfg_scale=3", "--cache", "N2")
-    assert "clips of cfg_scale=2.0, cache.interval=1, not cfg_scale=3.0, cache.interval=2" in error
+    assert "made with cfg_scale=2.0, not 3.0; cache.interval=1, not 2; choose another folder" in error
     for option in ("seed=1", "labels=random", "precision=bf16"):
         assert option.split("=")[0] in sample_error(monkeypatch, sample_ddp, *command, option)
     with moved.open("ab") as file:  # other weights under the same path: their hash differs
@@ -226,7 +220,7 @@ def test_ddp_refuses_to_mix_settings_in_a_folder(tiny, tmp_path, monkeypatch):
     with (tmp_path / "copy/diffusion_pytorch_model.safetensors").open("ab") as file:
         file.write(b"\n")
     error = sample_error(monkeypatch, sample_ddp, *command, f"pretrained_model_path={tmp_path}", "vae=copy")
-    assert re.search("clips of vae=[0-9a-f]{12}, not vae=[0-9a-f]{12}:", error)
+    assert re.search("made with vae=[0-9a-f]{12}, not [0-9a-f]{12};", error)
     (folder / "sample_ddp.json").unlink()
     assert "unknown settings" in sample_error(monkeypatch, sample_ddp, *command)
 
@@ -251,12 +245,12 @@ def test_ddp_interrupted_leaves_whole_files_and_goes_on(tiny, tmp_path, monkeypa
 
 def test_labels_come_from_the_seed_alone():
     cfg = SampleConfig(num_classes=7, labels="balanced")
-    assert sample_ddp.labels_of(range(5, 16), cfg) == [5, 6, 0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert folder.labels_of(range(5, 16), cfg) == [5, 6, 0, 1, 2, 3, 4, 5, 6, 0, 1]
     cfg.labels = "random"
-    labels = sample_ddp.labels_of(range(1000), cfg)
-    assert sample_ddp.labels_of([900, 3], cfg) == [labels[900], labels[3]]
+    labels = folder.labels_of(range(1000), cfg)
+    assert folder.labels_of([900, 3], cfg) == [labels[900], labels[3]]
     assert all(90 < labels.count(label) < 200 for label in range(7))
-    assert sample_ddp.labels_of([1], SampleConfig(num_classes=None)) is None
+    assert folder.labels_of([1], SampleConfig(num_classes=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -266,7 +260,7 @@ def test_labels_come_from_the_seed_alone():
         (["--cache", "N2", "N4"], "sample_ddp.py runs one plan"),
         (["num_fvd_samples=0"], "num_fvd_samples: 0 is less than 1"),
         (["--deepcache", "2", "num_skips=0"], "Skip-Cache needs long skip branches"),
-        (["--ckpt", "nowhere.pt"], "no checkpoint"),
+        (["--ckpt", "nowhere.pt"], "ckpt: nothing at"),
         (["ckpt=null"], "ckpt is not set"),
     ],
 )
@@ -342,15 +336,18 @@ def test_scripts_run_sample_ddp(script, tmp_path, monkeypatch, capsys):
     torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > command\n')
     torchrun.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "3"}
-    subprocess.run([script, "--dry-run", "num_fvd_samples=16"], cwd=tmp_path, env=env, check=True)
+    subprocess.run([script, "num_fvd_samples=16"], cwd=tmp_path, env=env, check=True)
     standalone, nproc, program, *argv = (tmp_path / "command").read_text().splitlines()
     assert (standalone, nproc) == ("--standalone", "--nproc_per_node=3")
     assert Path(program).samefile(sample_ddp.__file__)
 
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, sample_ddp, *argv)
-    text = capsys.readouterr().out
     task, kind = script.stem.split("_")
+    if task == "demo":
+        run(monkeypatch, sample_ddp, *argv, "--dry-run")
+    else:  # the published weights are not here
+        assert "ckpt: nothing at " in sample_error(monkeypatch, sample_ddp, *argv, "--dry-run")
+    text = capsys.readouterr().out
     assert "num_fvd_samples: 16" in text and ("# plan: N2" if kind == "cache" else "# plan: uncached") in text
     if task != "demo":
         parameters = 673_994_912 if kind == "origin" else 692_614_688
@@ -359,14 +356,28 @@ def test_scripts_run_sample_ddp(script, tmp_path, monkeypatch, capsys):
         assert ("ddim 50 with guidance 7: " if task == "ucf101" else "ddpm 250: ") in text
 
 
-def test_a_script_through_torchrun(tmp_path):
+def test_a_script_through_torchrun(tiny, tmp_path):
     """One script as a user starts it, on the processes it finds; only process 0 speaks."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "2"}
+    script = ROOT / "sample/scripts/demo/demo_cache.sh"
+    options = [f"{key}={value}" for key, value in yaml.safe_load(tiny.read_text()).items()]
+    command = [script, *options, "data_path=null", "depth=8", "num_skips=2", "learn_sigma=True", "prediction=eps"]
+    result = subprocess.run(
+        [*command, f"save_video_path={tmp_path}/out"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.count("plan: N2, ddim 6 with guidance 2: 3 full and 3 cached steps; ") == 1
+    assert "processes: 2" in result.stdout and len(list((tmp_path / "out").glob("*.mp4"))) == 5
+
+
+def test_a_dry_run_through_a_script_is_one_process_with_one_line_for_what_is_missing(tmp_path):
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "2"}
     script = ROOT / "sample/scripts/ucf101/ucf101_cache.sh"
-    result = subprocess.run([script, "--dry-run"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run([script, "--dry-run"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (
         result.stdout.count("# plan: N2, ddim 50 with guidance 7: 28 full and 22 cached steps; 121 TMACs a clip") == 1
     )
+    assert result.returncode == 1 and result.stderr.startswith("error: ckpt: nothing at ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_demo_script(monkeypatch, capsys):
@@ -389,6 +400,5 @@ def test_yaml_files_have_the_original_settings():
             latte = {"taichi": "taichi-hd"}.get(task, name)
             place = f"Latte/{latte}.pt" if kind == "origin" else f"{name}-skip/{name}-skip.pt"
             assert Path(cfg.ckpt) == ROOT / "pretrained" / place
-            assert options.plan_name(pipeline.resolve(cfg, torch.device("cpu")).cache) == (
-                "N2" if kind == "cache" else "uncached"
-            )
+            plan = make_plan(pipeline.resolve(cfg, torch.device("cpu")))
+            assert plan.name == ("N2" if kind == "cache" else "uncached")

@@ -4,19 +4,21 @@
     python tools/sweep.py plans=[N2,N3,N4] steps=[50] guidance=[1,2.5] reference=ddim-250 real_path=datasets/demo/test
     torchrun --standalone --nproc_per_node=8 tools/sweep.py --config sweep.yaml     # a YAML may hold the grid, too
 
-Each cell of the grid is held against the uncached run of its own solver, steps and guidance, which is always run; with
-`reference`, also against one uncached run of its guidance, so that different solvers and steps compare; and with
-`real_path`, against real clips by a proxy distance. What the figures are, and which clips pair: tools/fidelity.py.
+Each cell of the grid is compared with the uncached run of its own solver, steps and guidance, which always runs. With
+`reference`, it is also compared with one uncached run of its guidance, so that different solvers and steps compare.
+With `real_path`, it is compared with real clips by a proxy distance. tools/fidelity.py explains the metrics, and which
+clips pair.
 
-Writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips, pareto_proxy.png; as it
-goes, clips/. The same command again does only what is missing, a larger grid what it adds.
+The program writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips,
+pareto_proxy.png; clips/ grows during the run. The same command again measures only what is missing, and a larger grid
+only what it adds.
 """
 
 import csv
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from io import StringIO
 from itertools import product
@@ -24,25 +26,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import ROOT, UserError, load_config, parse_cache, path_option
-from models.checkpoint import atomic_path
-from sample.options import plan_name
+from configs import UserError, cli, load_config, option
+from sample.options import DEMO
+from tools.metrics.options import MeasureConfig
+
+
+@dataclass(kw_only=True)
+class SweepConfig(MeasureConfig):
+    """The grid."""
+
+    plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, beside uncached")
+    methods: list[str] | None = option(None, "solvers; empty: sample_method")
+    steps: list[int] | None = option(None, "sampling steps; empty: num_sampling_steps", least=1)
+    guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale")
+    reference: str | None = option(None, "METHOD-STEPS, as ddim-250: an uncached run that all others are compared with")
+    output: str = option("results/sweep", "the folder to write", path=True)
+
+
+parser = cli.Parser(__doc__, SweepConfig, DEMO)
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
+
+from configs.files import write_text
+from configs.tables import markdown_table
+from sample.distributed import distributed
 from sample.pipeline import resolve
-from tools.common import cli
-from tools.common.distributed import distributed
-from tools.fidelity import (
-    UNCACHED,
-    Cell,
-    MeasureConfig,
-    Task,
-    columns,
-    markdown,
-    notes,
-    planner,
-    run,
-    write_record,
-    write_text,
-)
+from sample.plans import UNCACHED, parse_plan
+from tools.common.plots import new_figure, save_figure
+from tools.metrics.cells import Cell, Task, columns, notes, planner, run_cells, write_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,52 +65,20 @@ Row = dict[str, Any]
 Series = tuple[str, int, float]  # solver, steps, guidance
 
 
-@dataclass(kw_only=True)
-class SweepConfig(MeasureConfig):
-    """Options of the grid, of measuring and of sampling."""
-
-    plans: list[str] = field(default_factory=lambda: ["N2", "N3", "N4"])  # beside uncached
-    methods: list[str] | None = None  # None: sample_method
-    steps: list[int] | None = None  # None: num_sampling_steps
-    guidance: list[float] | None = None  # None: cfg_scale
-    reference: str | None = None  # METHOD-STEPS, as ddim-250: uncached, held against all of its guidance
-    output: str = path_option("results/sweep")
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__, SweepConfig, config=str(ROOT / "configs/demo/demo_sample.yaml"))
-    args = parser.parse_args()
-    with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
-        cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
-        tasks = grid(cfg)
-        rows, real = run(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
-    if rows:
-        rows, folder = list(rows.values()), Path(cfg.output)
-        keys = ("method", "steps", "guidance", "plan")
-        table = markdown([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
-        text = f"{table}\n\n{notes(cfg, tasks, rows, real)}\n"
-        text += f"- Reference: uncached {cfg.reference} with the row's guidance.\n" if cfg.reference else ""
-        write_text(folder / "sweep.md", text)
-        write_text(folder / "sweep.csv", to_csv(rows))
-        write_record(folder / "sweep.json", cfg, rows, real, env)
-        draw_all(cfg, rows, folder)
-        print(f"\n{text}\nrecord: {cfg.output}")
-
-
-def grid(cfg: SweepConfig) -> list[Task]:
-    """The cells, each once, those that others are held against first."""
+def make_grid(cfg: SweepConfig) -> list[Task]:
+    """The tasks of the grid: each cell once, after the cells that it is compared with."""
     axes = cfg.methods or [cfg.sample_method], cfg.steps or [cfg.num_sampling_steps], cfg.guidance or [cfg.cfg_scale]
-    plans = [UNCACHED, *(plan if plan == UNCACHED else plan_name(parse_cache(plan)) for plan in cfg.plans)]
-    references = {guidance: reference(cfg, guidance) for guidance in axes[2]}
+    caches = [UNCACHED, *map(parse_plan, cfg.plans)]
+    references = {guidance: reference_cell(cfg, guidance) for guidance in axes[2]}
     tasks = [Task(cell, cell) for cell in references.values() if cell]
     for method, steps, guidance in product(*axes):
         twin = Cell(method, steps, guidance)
-        tasks += [Task(replace(twin, plan=plan), twin, references[guidance]) for plan in plans]
+        tasks += [Task(twin.with_cache(cache), twin, references[guidance]) for cache in caches]
     return list({task.cell: task for task in tasks}.values())
 
 
-def reference(cfg: SweepConfig, guidance: float) -> Cell | None:
-    """The uncached cell that all others of this guidance are held against."""
+def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
+    """The uncached cell that all others of this guidance are compared with; None without `reference`."""
     if cfg.reference is None:
         return None
     match = re.fullmatch(r"(.+)-(\d+)", cfg.reference)
@@ -109,13 +88,13 @@ def reference(cfg: SweepConfig, guidance: float) -> Cell | None:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """A line for each row; of a figure {role}_{metric} its mean over clips, and its margin."""
+    """CSV with a line for each row. {role}_{metric} is the mean over clips, {role}_{metric}_margin its margin."""
     lines = []
     for row in rows:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
         for role in ("twin", "reference"):
-            for metric, figures in row[role].items():
-                line |= {f"{role}_{metric}": figures["mean"], f"{role}_{metric}_margin": figures["margin"]}
+            for metric, summary in row[role].items():
+                line |= {f"{role}_{metric}": summary["mean"], f"{role}_{metric}_margin": summary["margin"]}
         lines.append(line)
     text = StringIO(newline="")
     writer = csv.DictWriter(text, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
@@ -130,7 +109,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which (x, y) no other beats in one without losing in the other, less being better, by rising x."""
+    """The indices of the points on the Pareto front, by rising x. Less is better, in x and in y."""
     front, best = [], float("inf")
     for i in sorted(range(len(points)), key=points.__getitem__):
         if points[i][1] < best:
@@ -140,11 +119,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def series(row: Row) -> Series:
+    """The sampler of a row, whatever its plan: the points of one line."""
     return row["method"], row["steps"], row["guidance"]
 
 
 def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
-    """Fidelity and, if there are real clips, the proxy distance against what they cost."""
+    """Draws fidelity over cost and, with real clips, the proxy distance over cost."""
     names = list(dict.fromkeys(map(series, rows)))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     role = "reference" if cfg.reference else "twin"
@@ -168,14 +148,15 @@ def draw(
     comparable: Callable[[Row], Any],
     colours: dict[Series, str],
 ) -> None:
-    """(row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare."""
-    import matplotlib
+    """Draws points (row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Args:
+        comparable: from a row to a key that is equal for rows whose y compare.
+    """
     several = len({row["guidance"] for row, _ in points}) > 1
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    figure, (panels,) = new_figure(1, 2, size=(14, 6))
+    panels[1].sharey(panels[0])
+    panels[1].tick_params(labelleft=False)
     for axes, (key, title) in zip(panels, COSTS.items(), strict=True):
         for kind in dict.fromkeys(comparable(row) for row, _ in points):
             own = [(row[key], y) for row, y in points if comparable(row) == kind]
@@ -196,13 +177,11 @@ def draw(
         label_points(axes, texts)
     panels[0].set_ylabel(label)
     figure.suptitle("A line is a solver with its steps and guidance; grey: Pareto front", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
+    save_figure(path, figure)
 
 
 def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
-    """A logarithmic axis for values that span much."""
+    """Makes the axis logarithmic if the largest value is more than 5 times the least."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axis = getattr(axes, f"{which}axis")
@@ -214,10 +193,10 @@ def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
 
 
 def label_points(axes: "Axes", texts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each text beside its (x, y), in its colour, inside the axes and where it covers none before it."""
+    """Writes each (x, y, text, colour) beside its point, inside the axes and, if possible, over no earlier text."""
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # settles the places
+    axes.figure.draw_without_rendering()  # computes the positions
     taken = [Bbox.from_bounds(*axes.transData.transform((x, y)) - 4, 8, 8) for x, y, _, _ in texts]
     for x, y, text, colour in texts:
         for offset in OFFSETS:
@@ -229,6 +208,25 @@ def label_points(axes: "Axes", texts: Sequence[tuple[float, float, str, str]]) -
                 taken.append(box)
                 break
             note.remove()
+
+
+def main() -> None:
+    args = parser.parse_args()
+    with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
+        cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
+        tasks = make_grid(cfg)
+        rows, real = run_cells(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
+    if rows:
+        rows, folder = list(rows.values()), Path(cfg.output)
+        keys = ("method", "steps", "guidance", "plan")
+        table = markdown_table([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
+        text = f"{table}\n\n{notes(cfg, tasks, rows, real)}\n"
+        text += f"- Reference: uncached {cfg.reference} with the row's guidance.\n" if cfg.reference else ""
+        write_text(folder / "sweep.md", text)
+        write_text(folder / "sweep.csv", to_csv(rows))
+        write_record(folder / "sweep.json", cfg, rows, real, env)
+        draw_all(cfg, rows, folder)
+        print(f"\n{text}\nrecord: {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 nproc="${NPROC:-$(python3 -c 'import torch; print(torch.cuda.device_count() or 1)')}"
+for option in "$@"; do [[ $option == --dry-run ]] && nproc=1; done
 program=("$root/train.py" --config "$root/configs/$1" "${@:2}")
 [[ $nproc == 1 ]] && exec python3 "${program[@]}" # torchrun would add its own traceback to an error
 exec torchrun --standalone --nproc_per_node="$nproc" "${program[@]}"

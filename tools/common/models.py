@@ -1,17 +1,11 @@
-"""Models on the command line."""
-
-from collections.abc import Sequence
+"""Checkpoints given on the command line."""
 
 from configs.errors import UserError
 
 
-def named_checkpoints(pairs: Sequence[str]) -> dict[str, str]:
-    """The values of --model, NAME=CKPT each -> checkpoints by name.
-
-    Raises:
-        UserError: a pair without a name or a checkpoint, or a name given twice.
-    """
-    files = dict(pair.partition("=")[::2] for pair in pairs)
-    if len(files) < len(pairs) or not all(files) or not all(files.values()):
-        raise UserError(f"--model {' --model '.join(pairs)}: expected NAME=CKPT, each name once")
+def named_checkpoints(wanted: list[str]) -> dict[str, str]:
+    """Files by name, from `NAME=CKPT` each; UserError for another form or a name given twice."""
+    files = dict(item.partition("=")[::2] for item in wanted)
+    if len(files) < len(wanted) or not all(files.values()):
+        raise UserError(f"--model {' --model '.join(wanted)}: expected NAME=CKPT, each name once")
     return files

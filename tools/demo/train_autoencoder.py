@@ -30,7 +30,7 @@ class AutoencoderConfig:
     data_path: str = option("datasets/demo", "its train/ and test/ hold a folder of videos for each class", path=True)
     output_dir: str = option("results/vae", "the folder to write", path=True)
     image_size: int = option(64, "the shorter side of a frame is resized to this; squares are cut from it", least=1)
-    block_out_channels: list[int] = option(  # noqa: RUF009 (a field, as the others)
+    block_out_channels: list[int] = option(
         lambda: [32, 64, 96, 128], "width of each level; every level but the last halves the resolution", least=1
     )
     norm_num_groups: int = option(8, "groups of the norms, a divisor of every width", least=1)
@@ -66,7 +66,7 @@ from datasets.clips import find_videos
 from datasets.readers import read_video
 from models.autoencoder import LatentCodec
 from tools.common.runs import RunLog
-from tools.metrics.features import load_efficientnet
+from tools.metrics.efficientnet import load_efficientnet
 
 CHANNELS = 4  # of the latents, as the models expect
 MAX_NORM = 1.0  # of the gradient
@@ -197,7 +197,7 @@ def train(cfg: AutoencoderConfig) -> None:
     log = RunLog(out, rank=0)
     (out / "log.jsonl").unlink(missing_ok=True)  # of an interrupted run
     num_parameters = sum(p.numel() for p in vae.parameters())
-    log.say(f"{num_parameters:,} parameters, {len(train_frames)} train and {len(test_frames)} test frames")
+    log.print(f"{num_parameters:,} parameters, {len(train_frames)} train and {len(test_frames)} test frames")
     step, seconds, started = 0, 0.0, time.monotonic()
     sums, reported = dict.fromkeys([*weights, "grad_norm"], 0.0), started
     while (progress := max(step / cfg.max_steps, seconds / (60 * cfg.max_minutes))) < 1:

@@ -1,7 +1,7 @@
 """The networks behind the metrics: published TorchScript files, fetched once and called as StyleGAN-V does; the proxy.
 
 The published ones take uint8 pixels and resize them to their own input size.
-Letters: B batch, F frames, N rows (B, or B F where frames are seen one by one), D width of the features.
+Letters: B batch, F frames, N rows (B for clips, B F for single frames), D width of the features.
 """
 
 import logging
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from models.checkpoint import file_hash
-from tools.common.download import download
-from tools.common.features import efficientnet_file, load_proxy
+from configs.files import file_hash
+from models.download import download
+from tools.metrics.efficientnet import efficientnet_file, load_proxy
 
 
 class Detector(NamedTuple):
-    """A published file."""
+    """A published file of a detector."""
 
     url: str
     sha256: str | None  # None: no public source states it
@@ -48,7 +48,7 @@ DETECTORS = {
 
 
 class Output(NamedTuple):
-    """What a detector is asked for."""
+    """One output of a detector, and how the detector is called for it."""
 
     detector: str
     by_frame: bool = False
@@ -65,22 +65,22 @@ OUTPUTS = {
 }
 
 
-class Found(NamedTuple):
-    """The file of a detector on this machine."""
+class DetectorFile(NamedTuple):
+    """A detector's file on this machine."""
 
     path: str
     sha256: str
-    published: bool | None  # whether that is the published file's; None: unknown
+    published: bool | None  # whether it is the published file; None: unknown
 
 
-def find_detector(name: str, given: str | None, folder: Path) -> Found:
-    """The file `given`, or else the published one in `folder`, where it is fetched to.
+def find_detector(name: str, given: str | None, folder: Path) -> DetectorFile:
+    """The file `given`, or else the published one in `folder`, fetched if it is not there.
 
     Raises:
-        UserError: no such file, no network, or in `folder` another file than the published one.
+        UserError: there is no such file, it cannot be fetched, or `folder` holds another file under its name.
     """
     if name == "proxy":
-        return Found(str(efficientnet_file()), file_hash(efficientnet_file()), None)
+        return DetectorFile(str(efficientnet_file()), file_hash(efficientnet_file()), None)
     detector = DETECTORS[name]
     path = Path(given) if given else folder / detector.name
     if given and not path.is_file():
@@ -99,14 +99,15 @@ def find_detector(name: str, given: str | None, folder: Path) -> Found:
     published = None if detector.sha256 is None else sha256 == detector.sha256
     if published is False and not given:
         raise UserError(f"{path} has SHA-256 {sha256}, not {detector.sha256}: remove it, or use it as {name}={path}")
-    return Found(str(path), sha256, published)
+    return DetectorFile(str(path), sha256, published)
 
 
-def load_output(name: str, found: Found, device: torch.device) -> Callable[[Tensor], Tensor]:
+def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from clips (B, F, 3, H, W) uint8 to rows of output `name`, (B, 1 or F, D) fp32.
 
     Raises:
-        UserError: the file is no TorchScript; when called, it cannot be called so, or returns something else.
+        UserError: the file is no TorchScript. The function raises it if the network cannot be called as this detector,
+            or returns something else.
     """
     detector, by_frame, width, options = OUTPUTS[name]
     if name == "proxy":
@@ -114,12 +115,12 @@ def load_output(name: str, found: Found, device: torch.device) -> Callable[[Tens
         return lambda clips: proxy(clips / 127.5 - 1)[:, None]
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is deprecated; the files are not
         try:
-            net = torch.jit.load(found.path, map_location=device).eval()
+            net = torch.jit.load(file.path, map_location=device).eval()
         except RuntimeError:
-            raise UserError(f"{detector}: {found.path} is no TorchScript file, or one that is cut off") from None
+            raise UserError(f"{detector}: {file.path} is no TorchScript file, or one that is cut off") from None
 
     @torch.no_grad()
-    # Without TF32, and without the optimisations that would set in after some calls: the same at any place in a run.
+    # No TF32, and no optimisations that set in after some calls: equal clips give equal rows anywhere in a run.
     @torch.jit.optimized_execution(False)
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def rows(clips: Tensor) -> Tensor:
@@ -130,12 +131,12 @@ def load_output(name: str, found: Found, device: torch.device) -> Callable[[Tens
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{detector}: {found.path} cannot be called as this detector ({reason})") from None
+            raise UserError(f"{detector}: {file.path} cannot be called as this detector ({reason})") from None
         if y.ndim != 2 or len(y) != len(x) or (width and y.shape[1] != width):
             wanted = f"({len(x)}, {width or 'classes'})"
-            raise UserError(f"{detector}: {found.path} returns {tuple(y.shape)} where {wanted} is expected")
+            raise UserError(f"{detector}: {file.path} returns {tuple(y.shape)} where {wanted} is expected")
         if width is None and ((y < 0).any() or (y.sum(1) - 1).abs().max() > 1e-3):
-            raise UserError(f"{detector}: {found.path} returns no probabilities")
+            raise UserError(f"{detector}: {file.path} returns no probabilities")
         return y.float().unflatten(0, (len(clips), -1))  # (B, 1 or F, D)
 
     return rows

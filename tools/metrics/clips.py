@@ -1,0 +1,162 @@
+"""Sets of clips for a detector: windows of video files or of folders of frames, and clips sampled in memory.
+
+The seed and the names of the clips alone settle which clips are used and where their windows begin. Folders, the order
+of a listing and the number of processes change nothing.
+Letters: F frames, H and W as read, S pixels of a side.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
+
+from configs import SampleConfig, load_config, require_path
+from configs.errors import UserError
+from configs.files import file_hash, flatten
+from datasets.clips import find_frame_folders, find_videos
+from datasets.readers import BadClip, Choose, read_frame_folder, read_video
+from datasets.transforms import square
+from sample.folder import clips_of_one_plan, labels_of, make_record, video_path
+from sample.media import to_uint8
+from sample.pipeline import generate, load, resolve
+from sample.plans import make_plan
+from tools.metrics.options import ClipOptions, EvaluateConfig
+
+Clip = Tensor | BadClip  # (F, 3, S, S) uint8, or why a video gives no clip
+
+
+class ShortClip(BadClip):
+    """A video with too few frames for a clip at the stride asked for."""
+
+
+def choose_window(total: int, num_frames: int, stride: int, name: str, seed: int) -> range:
+    """The indices of a clip's frames, as StyleGAN-V's data sets choose them; (seed, name) settle the first one.
+
+    Raises:
+        ShortClip: there are fewer than num_frames x stride frames.
+    """
+    if total < num_frames * stride:
+        raise ShortClip(f"{total} frames, {num_frames * stride} needed")
+    length = (num_frames - 1) * stride + 1
+    first = random.Random(f"offset of {name} by {seed}").randrange(total - length + 1)
+    return range(first, first + length, stride)
+
+
+def shuffle_key(name: str, seed: int) -> float:
+    """A number in [0, 1) that depends on (seed, name) alone. Sorting clips by it shuffles them."""
+    return random.Random(f"place of {name} by {seed}").random()
+
+
+def fit_square(frames: Tensor, size: int, resize_filter: str) -> Tensor:
+    """Resizes the short edge and crops the centre: (F, 3, H, W) uint8 -> (F, 3, S, S) uint8."""
+    if resize_filter == "lanczos":  # only Pillow has it
+        images = [F.resize(F.to_pil_image(frame), [size], F.InterpolationMode.LANCZOS) for frame in frames]
+        frames, resize_filter = torch.stack([F.pil_to_tensor(image) for image in images]), "bilinear"  # resized already
+    frames = square(frames, size, flip=False, resize_filter=resize_filter)
+    return frames.contiguous()  # readers differ in layout, which changes last digits
+
+
+def read_clip(read: Callable[[Choose], Tensor], stride: int, name: str, where: object, cfg: ClipOptions) -> Clip:
+    """The clip (F, 3, S, S) of a video, or the BadClip that says why there is none, for a process to hand over.
+
+    Args:
+        read: from a choice of frames to the frames (F, 3, H, W) uint8.
+        name: the clip's name, which settles its window.
+        where: the video, for the message of a BadClip.
+    """
+    try:
+        frames = read(lambda total: choose_window(total, cfg.num_frames, stride, name, cfg.seed))
+    except BadClip as error:
+        return type(error)(f"{where}: {error}")
+    return fit_square(frames, cfg.image_size, cfg.resize_filter)
+
+
+class VideoFiles:
+    """One clip of each video under the folder in option `key`, in shuffled order.
+
+    Args:
+        key: the option of `cfg` that gives the folder.
+        wanted: the number of clips to use.
+        stride: frames from one to the next of a clip.
+    """
+
+    def __init__(self, cfg: ClipOptions, key: str, wanted: int, stride: int):
+        self.cfg, self.key, self.wanted, self.stride = cfg, key, wanted, stride
+        self.root = require_path(cfg, key)
+        videos = clips_of_one_plan(find_videos(self.root), self.root, key)
+        paths = videos or find_frame_folders(self.root)
+        if not paths:
+            raise UserError(f"{key}: there are no video files and no folders of images under {self.root}")
+        self.read = partial(read_video, reader=cfg.video_reader) if videos else read_frame_folder
+        clips = [(path, path.stem if videos else path.name) for path in paths]  # one name for a file and its frames
+        self.clips = sorted(clips, key=lambda clip: (shuffle_key(clip[1], cfg.seed), clip[0].relative_to(self.root)))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        path, name = self.clips[index]
+        return read_clip(partial(self.read, path), self.stride, name, path, self.cfg)
+
+    def batches(self, indices: Sequence[Sequence[int]]) -> Iterable[list[Clip]]:
+        """Yields the clips of each list of indices."""
+        workers = torch.get_num_threads() if self.cfg.num_workers is None else self.cfg.num_workers
+        return DataLoader(self, batch_sampler=indices, collate_fn=list, num_workers=min(workers, len(indices)))
+
+    def describe(self) -> dict[str, Any]:
+        """The folder, the number of videos and the stride, for the record."""
+        return {"path": str(self.root), "videos": len(self), "stride": self.stride}
+
+    def fingerprint(self) -> str:
+        """A hash of the names and bytes of all files."""
+        digest = hashlib.sha256()
+        for path, _ in self.clips:
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                content = file_hash(file) if file.is_file() else ""  # a broken link, a folder of other frames
+                digest.update(f"{file.relative_to(self.root)}\0{content}\n".encode())
+        return digest.hexdigest()
+
+
+class SampledClips:
+    """Clips sampled in memory, with the pixels, names and order of the files that sample_ddp.py would write."""
+
+    key = "generate"
+
+    def __init__(self, cfg: EvaluateConfig, device: torch.device):
+        self.cfg, self.wanted, self.device = cfg, cfg.num_fake, device
+        changes = [f"{key}={json.dumps(value)}" for key, value in flatten(cfg.sample).items()]
+        self.sampling = resolve(load_config(SampleConfig, require_path(cfg, "generate"), changes), device)
+        self.plan = make_plan(self.sampling)
+        seeds = range(self.sampling.seed, self.sampling.seed + cfg.num_fake)
+        clips = [(seed, video_path(Path(), seed).stem) for seed in seeds]
+        self.clips = sorted(clips, key=lambda clip: shuffle_key(clip[1], cfg.seed))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def batches(self, indices: Sequence[Sequence[int]]) -> Iterable[list[Clip]]:
+        """Yields the clips of each list of indices. The first batch loads the model."""
+        pipe, step = load(self.sampling, self.device), self.sampling.per_proc_batch_size
+        for batch in indices:
+            clips: list[Clip] = []
+            for i in range(0, len(batch), step):
+                seeds, names = zip(*(self.clips[index] for index in batch[i : i + step]), strict=True)
+                videos = to_uint8(generate(pipe, seeds, labels_of(seeds, self.sampling)))  # (B, F, H, W, 3)
+                for name, video in zip(names, torch.from_numpy(videos).movedim(-1, -3), strict=True):
+                    read = partial(lambda video, choose: video[list(choose(len(video)))], video)
+                    clips.append(read_clip(read, self.cfg.fake_stride, name, f"seed {name}", self.cfg))
+            yield clips
+
+    def describe(self) -> dict[str, Any]:
+        """The options of sampling, the weights and the plan, for the record."""
+        record = make_record(self.sampling, self.device)
+        facts = {"checkpoint": record["checkpoint"], "vae": record["vae"], "plan": self.plan.record()}
+        return {"generate": record["config"], **facts}
