@@ -525,7 +525,9 @@ def test_train_scripts_run_train(tmp_path, monkeypatch, capsys, task):
         assert commands[0][:3] == ["torchrun", "--standalone", "--nproc_per_node=3"]
         command = commands[0][3:]
     assert Path(command[0]).samefile(program.__file__)
-    monkeypatch.setattr(sys, "argv", [*command, "--dry-run", f"results_dir={tmp_path}", f"latents_path={tmp_path / 'latents'}"])
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--dry-run", f"results_dir={tmp_path}", f"latents_path={tmp_path / 'latents'}"]
+    )
     monkeypatch.setenv("RANK", "1")
     program.main()
     assert capsys.readouterr().out == ""
