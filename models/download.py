@@ -1,4 +1,4 @@
-"""Downloads that continue where they stopped, and files that appear whole, under their name, or not at all."""
+"""Downloads that continue where they stopped; a file appears under its name only when it is whole."""
 
 import hashlib
 import os

@@ -501,13 +501,13 @@ def test_unusable_option_is_one_line_that_names_it(override):
     assert "\n" not in str(caught.value)
 
 
-def script_commands(tmp_path: Path, script: str, processes: int) -> list[list[str]]:
+def script_commands(tmp_path: Path, script: str, processes: int, *options: str) -> list[list[str]]:
     """The command lines that a script starts, written down by stand-ins for torchrun and python3."""
     for name in ("torchrun", "python3"):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\t" "${0##*/}" "$@" >> commands; echo >> commands\n')
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": str(processes)}
-    subprocess.run(["bash", ROOT / script, "--dry-run", "max_train_steps=7"], cwd=tmp_path, env=env, check=True)
+    subprocess.run(["bash", ROOT / script, *options, "max_train_steps=7"], cwd=tmp_path, env=env, check=True)
     return [line.split("\t")[:-1] for line in (tmp_path / "commands").read_text().splitlines()]
 
 
@@ -525,7 +525,9 @@ def test_train_scripts_run_train(tmp_path, monkeypatch, capsys, task):
         assert commands[0][:3] == ["torchrun", "--standalone", "--nproc_per_node=3"]
         command = commands[0][3:]
     assert Path(command[0]).samefile(program.__file__)
-    monkeypatch.setattr(sys, "argv", [*command, f"results_dir={tmp_path}", f"latents_path={tmp_path / 'latents'}"])
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--dry-run", f"results_dir={tmp_path}", f"latents_path={tmp_path / 'latents'}"]
+    )
     monkeypatch.setenv("RANK", "1")
     program.main()
     assert capsys.readouterr().out == ""
@@ -606,6 +608,11 @@ def test_dry_run_with_a_missing_file_ends_with_exit_1(latents, tmp_path):
 def test_one_process_is_started_without_torchrun(tmp_path, script):
     """Which would add its own traceback to a one-line error."""
     [command] = script_commands(tmp_path, script, processes=1)
+    assert command[0] == "python3" and command[-1] == "max_train_steps=7"
+
+
+def test_a_dry_run_is_started_without_torchrun(tmp_path):
+    [command] = script_commands(tmp_path, "train_scripts/ucf101_train.sh", 3, "--dry-run")
     assert command[0] == "python3" and command[-2:] == ["--dry-run", "max_train_steps=7"]
 
 
