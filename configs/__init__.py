@@ -176,6 +176,10 @@ class SamplerOptions:
     eta: float = option(0.0, "DDIM's noise: 0 is deterministic, 1 is as random as DDPM", least=0, most=1)
     cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", least=0, most=1000)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    recipe: str | None = option(
+        None, "a file of tools/calibrate.py, in place of sample_method, num_sampling_steps and cache", path=True
+    )
+    recipe_anyway: bool = option(False, "use a recipe that was made for another guidance, length or size")
 
 
 @dataclass(kw_only=True)
@@ -196,9 +200,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     ckpt: str | None = option(None, "weights: .pt (ema | model | bare) or .safetensors", path=True)
     save_video_path: str = option("./sample_videos/", "the output folder", path=True)
     seed: int = option(0, "the first seed; clip i has seed + i")
-    sample_names: list[Any] | None = option(
-        None, "sample.py: classes by index or name; empty: every class"
-    )
+    sample_names: list[Any] | None = option(None, "sample.py: classes by index or name; empty: every class")
     samples_per_class: int = option(1, "sample.py: clips per class", least=1)
     dataset: str | None = option(None, "the data set that names the classes: ucf101, or any training set")
     data_path: str | None = option(None, "the class folders that name the classes (ucf101 needs none)", path=True)

@@ -4,7 +4,7 @@ diffusion = create_diffusion("50")
 z = diffusion.ddim_sample_loop(denoiser, shape, clip_denoised=False, model_kwargs=dict(y=labels), device="cuda")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partialmethod
 from typing import Any
 
@@ -37,6 +37,11 @@ class Diffusion(Schedule):
         channels = x.shape[-3]
         assert output.shape[-3] == channels * (1 + self.learn_sigma), f"output {output.shape} for input {x.shape}"
         return output.split(channels, dim=-3) if self.learn_sigma else (output, None)
+
+    def velocity(self, x: Tensor, x_start: Tensor, t: Tensor) -> Tensor:
+        """Returns v = alpha eps - sigma x_0 of states x (B, ...) and their x_0 at timesteps t (B,), shaped like x."""
+        c = self.at(t, x)
+        return (c.alpha * x - x_start) / c.sigma
 
     def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Returns the target of the model's prediction; v as in Salimans & Ho 2022, appendix D."""
@@ -88,7 +93,7 @@ class Diffusion(Schedule):
 
 
 def create_diffusion(
-    timestep_respacing: str | int | None = "",
+    timestep_respacing: str | int | Sequence[int] | None = "",
     noise_schedule: str = "linear",
     prediction: str = "eps",
     learn_sigma: bool = True,
@@ -111,7 +116,7 @@ def create_diffusion(
     )
 
 
-def make_diffusion(options: DiffusionOptions, timestep_respacing: str | int = "") -> Diffusion:
+def make_diffusion(options: DiffusionOptions, timestep_respacing: str | int | Sequence[int] = "") -> Diffusion:
     """Returns `create_diffusion` with the values of `options` (DiffusionOptions and learn_sigma)."""
     return create_diffusion(
         timestep_respacing, options.noise_schedule, options.prediction, options.learn_sigma, options.diffusion_steps

@@ -3,6 +3,8 @@
 The denoiser is any callable. The DDPM and DDIM loops neither wait for the device nor copy to it.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,32 @@ def multistep(name: str, diffusion: "Diffusion", draw: Callable[[], Tensor], dev
     return step
 
 
+def linear_multistep(
+    moves: Sequence[Sequence[float]],
+    diffusion: "Diffusion",
+    draw: Callable[[], Tensor],
+    device: torch.device,
+    eta: float,
+) -> Step:
+    """A solver with given coefficients, which tools/calibrate.py fits to a model; deterministic.
+
+    With the move (a, b0, b1, b2, e) of a step, x_next = a x + b0 v + b1 v' + b2 v'' + e x'. Here v = alpha eps - sigma
+    x_0 is the velocity, v' and v'' are those of the two steps before, and x' is the state of the step before.
+    """
+    following = iter(moves)
+    velocities: deque[Tensor] = deque(maxlen=3)  # newest first
+    states: deque[Tensor] = deque(maxlen=2)
+
+    def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
+        velocities.appendleft(diffusion.velocity(x, p["pred_xstart"], t))
+        states.appendleft(x)
+        a, b0, b1, b2, e = next(following)
+        terms = zip((b0, b1, b2), velocities, strict=False), zip((a, e), states, strict=False)
+        return sum(weight * each for weight, each in itertools.chain(*terms))
+
+    return step
+
+
 SAMPLERS: dict[str, Callable[..., Step]] = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -109,7 +137,7 @@ def sample_loop_progressive(
     eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
     *,
-    method: str,
+    method: str | Callable[..., Step],
 ) -> Iterator[dict[str, Tensor]]:
     """Samples from noise to data; yields {"sample", "pred_xstart"} after each step, (B, ..., C, H, W) in fp32.
 
@@ -121,16 +149,16 @@ def sample_loop_progressive(
         device: where to sample; None: where `noise` is, or torch's default device.
         eta: DDIM's randomness, 0 ... 1; the other samplers ignore it.
         generators: one per sample, on the sampling device, for every draw; None: the global generator.
-        method: a key of SAMPLERS.
+        method: a key of SAMPLERS, or a function like its values, such as partial(linear_multistep, moves).
 
     Raises:
         UserError: `method` is unknown, or `eta` is outside 0 ... 1.
     """
-    choice("sample_method", method, SAMPLERS)
+    sampler = method if callable(method) else SAMPLERS[choice("sample_method", method, SAMPLERS)]
     x = randn_per_sample(shape, generators, device) if noise is None else noise.to(device, torch.float32)
-    step = SAMPLERS[method](diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
+    step = sampler(diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
     diffusion.tables(x.device)  # copied now, not in the loop
-    for i in tqdm(range(diffusion.num_timesteps)[::-1], desc=method, disable=not progress):
+    for i in tqdm(range(diffusion.num_timesteps)[::-1], desc="sampling", disable=not progress):
         t = torch.full((len(x),), i, device=x.device)  # (B,)
         p = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
         x = step(x, t, p)

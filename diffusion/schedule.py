@@ -1,5 +1,6 @@
 """The noise process: betas, respacing, tables of coefficients, q(x_t | x_0) and q(x_{t-1} | x_t, x_0)."""
 
+from collections.abc import Sequence
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ def cosine_betas(num_steps: int) -> np.ndarray:
 NOISE_SCHEDULES = {"linear": linear_betas, "squaredcos_cap_v2": cosine_betas}
 
 
-def space_timesteps(num_steps: int, respacing: str | int | None) -> list[int]:
+def space_timesteps(num_steps: int, respacing: str | int | Sequence[int] | None) -> list[int]:
     """Returns the timesteps of a shorter process, ascending, out of 0 ... num_steps - 1.
 
     Args:
@@ -36,10 +37,16 @@ def space_timesteps(num_steps: int, respacing: str | int | None) -> list[int]:
             "ddim50": the integer stride that gives exactly 50 timesteps, as in the DDIM paper.
             "10,20,30": 10 timesteps in the first third, 20 in the second and 30 in the last.
             "" or None: all timesteps.
+            A list of timesteps: these, ascending.
 
     Raises:
         UserError: `respacing` has another form, or there are no such timesteps.
     """
+    if isinstance(respacing, Sequence) and not isinstance(respacing, str):
+        timesteps = sorted(set(respacing))
+        if len(timesteps) != len(respacing) or not timesteps or not 0 <= timesteps[0] <= timesteps[-1] < num_steps:
+            raise UserError(f"timesteps {list(respacing)}: want different ones in 0 ... {num_steps - 1}")
+        return timesteps
     text = str(num_steps if respacing in ("", None) else respacing)
     counts = text.removeprefix("ddim").split(",")
     if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):

@@ -88,8 +88,9 @@ class SkipCache:
         model: a Latte with at least `depth` skips.
         plan: for each step, whether it runs in full; the first step must.
         depth: b, the number of outer layers at each end.
-        order: of the forecast (see `forecast_weights`); order + 1 deep features are kept.
+        order: of the forecast, see `forecast_weights`.
         steps: `(full_step, cached_step)` or their compiled forms.
+        weights: for each step, those of the last full steps' deep features, newest first; None: as `order` says.
     """
 
     def __init__(
@@ -99,13 +100,17 @@ class SkipCache:
         depth: int = 1,
         order: int = 0,
         steps: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]] = (full_step, cached_step),
+        weights: Sequence[Sequence[float]] | None = None,
     ):
         check_cache_depth(model.num_skips, depth)
         assert plan[0], "the first step has nothing to reuse"
         self.model, self.depth = model, depth
         self.full_step, self.cached_step = steps
-        self.weights = iter(forecast_weights(plan, order))  # one entry per call
-        self.deep: deque[Tensor] = deque(maxlen=order + 1)  # deep features (B, F, T, D) of full steps, newest first
+        weights = forecast_weights(plan, order) if weights is None else weights
+        self.weights = iter(weights)  # one entry per call
+        self.deep: deque[Tensor] = deque(
+            maxlen=max(1, *map(len, weights))
+        )  # (B, F, T, D) each, newest first
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, 2C, H, W)."""

@@ -25,6 +25,7 @@ INCIDENTAL = {  # options that two runs with the same clips may set differently
     "save_video_path", "num_fvd_samples", "per_proc_batch_size", "vae_chunk_frames", "attention_mode", "use_compile",
     "use_fp16",  # resolved into precision
     "dataset", "data_path", "sample_names", "samples_per_class",
+    "recipe", "recipe_anyway",  # the hash of the file is compared
 }  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
         "config": asdict(cfg),
         "vae": {"path": str(vae_file(cfg).parent), "sha256": file_hash(vae_file(cfg))},
         "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(require_path(cfg, "ckpt"))},
+        "recipe": {"path": cfg.recipe, "sha256": file_hash(cfg.recipe)} if cfg.recipe else None,
         "machine": describe_machine(device),
         "device": device.type,  # a seed draws other noise on CUDA than on a CPU
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},
@@ -57,7 +59,7 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
 def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings in a record (see `make_record`) that determine the clip of a seed."""
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
-    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae")}
+    hashes = {key: (record.get(key) or {}).get("sha256", "none")[:12] for key in ("checkpoint", "vae", "recipe")}
     return config | hashes | {"device": record["device"]}
 
 

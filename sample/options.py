@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from sample.plans import Plan
 
 DEMO = str(ROOT / "configs/demo/demo_sample.yaml")
-FLAGS = ("ckpt", "save_video_path", "sample_method", "num_sampling_steps", "seed")  # --key VALUE means key=VALUE
+FLAGS = (
+    "ckpt",
+    "save_video_path",
+    "sample_method",
+    "num_sampling_steps",
+    "seed",
+    "recipe",
+)  # --key VALUE means key=VALUE
 PLAN_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"
 
 
@@ -52,5 +59,7 @@ def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[Sam
 def file_checks(cfg: SampleConfig) -> list[Callable[[], object]]:
     """Returns checks for `cli.dry_run`. Each raises UserError if a file that sampling reads is missing."""
     from models.autoencoder import vae_file
+    from sample.recipes import check_recipe
 
-    return [lambda: require_path(cfg, "ckpt"), lambda: vae_file(cfg)]
+    checks = [lambda: require_path(cfg, "ckpt"), lambda: vae_file(cfg)]
+    return [*checks, lambda: check_recipe(cfg)] if cfg.recipe else checks

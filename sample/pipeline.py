@@ -9,6 +9,7 @@ Letters: B batch, F frames, C channels of the latents, h = w = H / 8.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from configs import SampleConfig, check_options, require_path
 from configs.errors import UserError
 from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
+from diffusion.sampling import linear_multistep
 from models import get_models, meta_model
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint
@@ -25,6 +27,7 @@ from models.hardware import DTYPES, choose_precision, fastest_attention
 from models.latte import Latte
 from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
 from sample.plans import Plan, make_plan
+from sample.recipes import check_recipe
 
 
 def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
@@ -65,6 +68,8 @@ class Pipeline:
 
 def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     """Returns the pipeline of resolved options, with the checkpoint and the VAE on `device`."""
+    if cfg.recipe:
+        check_recipe(cfg)
     checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
     with torch.device("meta"):  # skips initialization: the checkpoint has all weights
         model = get_models(cfg)
@@ -86,7 +91,7 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
 
 def with_options(pipe: Pipeline, **changes: Any) -> Pipeline:
     """Returns a pipeline of the same weights with other SamplerOptions: `with_options(pipe, num_sampling_steps=20)`."""
-    cfg = replace(pipe.cfg, **changes)
+    cfg = replace(pipe.cfg, **{"recipe": None} | changes)
     return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, cfg.num_sampling_steps), plan=make_plan(cfg))
 
 
@@ -124,9 +129,12 @@ def sample_latents(
 
     denoiser = pipe.uncached
     if plan.cached_steps:  # a new SkipCache for each run, whose state it holds
-        denoiser = SkipCache(model, plan.full, plan.cache.depth, plan.cache.order, pipe.steps)
+        denoiser = SkipCache(model, plan.full, plan.cache.depth, steps=pipe.steps, weights=plan.weights)
     denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
-    for out in pipe.diffusion.sample_loop_progressive(
+    diffusion = pipe.diffusion
+    if plan.timesteps != tuple(diffusion.timestep_map[::-1]):  # a recipe's own
+        diffusion = make_diffusion(cfg, plan.timesteps)
+    for out in diffusion.sample_loop_progressive(
         denoiser,
         (len(seeds), model.num_frames, model.in_channels, model.input_size, model.input_size),
         clip_denoised=False,  # latents exceed [-1, 1]
@@ -134,7 +142,7 @@ def sample_latents(
         device=pipe.device,
         eta=cfg.eta,
         generators=generators,
-        method=cfg.sample_method,
+        method=partial(linear_multistep, plan.moves) if plan.moves else plan.solver,
     ):
         latents = out["sample"]
         if on_step:

@@ -17,6 +17,7 @@ from models import meta_model, parse_name
 from models.macs import readable, step_macs
 from models.skip_cache import check_cache_depth, forecast_weights, interval_plan
 from sample.options import PLAN_FORM
+from sample.recipes import FITTED, Recipe, load_recipe
 
 UNCACHED = CacheOptions(interval=1)
 
@@ -25,11 +26,19 @@ UNCACHED = CacheOptions(interval=1)
 class Plan:
     """The steps of a sampling run and their cost, which is that of one clip with guidance, without the VAE."""
 
-    name: str  # "uncached", or as --cache takes it
+    name: str  # "uncached", as --cache takes it, or a recipe's
     cache: CacheOptions
-    full: tuple[bool, ...]  # for each step, from noise to clean: whether it runs in full
+    solver: str  # a sample_method, or recipes.FITTED
+    timesteps: tuple[int, ...]  # original ones, from noise to clean
+    weights: tuple[tuple[float, ...], ...]  # for each step: of the kept deep features, newest first; none: a full step
     macs: int  # of all steps
-    macs_uncached: int  # if all steps were full
+    macs_uncached: int  # of the reference run; of a plan from options: if all steps were full
+    moves: tuple[tuple[float, ...], ...] = ()  # for each step, the coefficients of a fitted solver
+
+    @property
+    def full(self) -> tuple[bool, ...]:
+        """For each step, whether it runs in full."""
+        return tuple(not weights for weights in self.weights)
 
     @property
     def full_steps(self) -> int:
@@ -49,6 +58,7 @@ class Plan:
         return {
             "name": self.name,
             "cache": asdict(self.cache),
+            "solver": self.solver,
             "steps": "".join("F" if full else "c" for full in self.full),
             "full_steps": self.full_steps,
             "cached_steps": self.cached_steps,
@@ -85,6 +95,8 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     Raises:
         UserError: the model has too few skip branches for the plan, or a value is invalid.
     """
+    if cfg.recipe and cache is None:
+        return recipe_plan(load_recipe(cfg.recipe), cfg)
     cache = cache or cfg.cache
     if cache.interval is None:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
@@ -92,21 +104,49 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
         check_cache_depth(meta_model(cfg).num_skips, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
-    forecast_weights(full, cache.order)  # raises for an invalid order
-    step = step_macs(cfg, 1 if all(full) else cache.depth)
+    return Plan(
+        name=plan_name(cache),
+        cache=cache,
+        solver=cfg.sample_method,
+        timesteps=tuple(timesteps),
+        weights=tuple(map(tuple, forecast_weights(full, cache.order))),
+        macs=count_macs(cfg, sum(full), len(full) - sum(full), cache.depth),
+        macs_uncached=count_macs(cfg, len(full)),
+    )
+
+
+def recipe_plan(recipe: Recipe, cfg: SampleConfig) -> Plan:
+    """Returns the plan of a recipe for the model and guidance of `cfg`."""
+    full = sum(not step.feature for step in recipe.steps)
+    if full < len(recipe.steps):
+        check_cache_depth(meta_model(cfg).num_skips, recipe.depth)
+    return Plan(
+        name=recipe.name,
+        cache=replace(UNCACHED, depth=recipe.depth),
+        solver=recipe.solver,
+        timesteps=tuple(step.t for step in recipe.steps),
+        weights=tuple(step.feature for step in recipe.steps),
+        moves=tuple(step.move for step in recipe.steps) if recipe.solver == FITTED else (),
+        macs=count_macs(cfg, full, len(recipe.steps) - full, recipe.depth),
+        macs_uncached=count_macs(cfg, recipe.reference["num_sampling_steps"]),
+    )
+
+
+def count_macs(cfg: SampleConfig, full: int, cached: int = 0, depth: int = 1) -> int:
+    """Returns the MACs of one clip in so many full and cached steps; guidance doubles them."""
+    step = step_macs(cfg, depth if cached else 1)
     rows = 1 if cfg.cfg_scale == 1 else 2  # guidance runs each clip with its label and with the null label
-    macs = rows * (sum(full) * step.full + (len(full) - sum(full)) * step.cached)
-    return Plan(plan_name(cache), cache, tuple(full), macs, rows * len(full) * step.full)
+    return rows * (full * step.full + cached * step.cached)
 
 
 def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
     """Returns a plan in one line: its steps, its MACs, and the expected speed-up."""
     guidance = "" if cfg.cfg_scale == 1 else f" with guidance {cfg.cfg_scale:g}"
     line = (
-        f"plan: {plan.name}, {cfg.sample_method} {len(plan.full)}{guidance}: {plan.full_steps} full and "
+        f"plan: {plan.name}, {plan.solver} {len(plan.full)}{guidance}: {plan.full_steps} full and "
         f"{plan.cached_steps} cached steps; {readable(plan.macs)} a clip"
     )
-    if plan.cached_steps:
+    if plan.share < 1:
         uncached = readable(plan.macs_uncached)
         line += f", {plan.share:.1%} of uncached ({uncached}); expected speed-up {1 / plan.share:.2f}x"
     return line

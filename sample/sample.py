@@ -87,9 +87,10 @@ def choose_plans(cfg: SampleConfig, plans: list[Plan], compare: bool) -> list[Pl
         if len(plans) > 1:
             raise UserError("--cache takes several plans only with --compare")
         return plans
-    if not all(plan.cached_steps for plan in plans):
-        raise UserError("--compare needs plans with cached steps: give them as in --cache N2 N4")
-    return [make_plan(cfg, UNCACHED), *plans]
+    uncached = make_plan(cfg, UNCACHED)
+    if not all(plan.cached_steps or plan.timesteps != uncached.timesteps for plan in plans):
+        raise UserError("--compare needs plans that save steps: give them as in --cache N2 N4, or a --recipe")
+    return [uncached, *plans]
 
 
 def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run]:
@@ -101,7 +102,7 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
         for plan in plans:
             short = with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=plan.cache)
             sample_batch(short, batches[0], short.plan)
-    with tqdm(total=len(batches) * len(runs) * pipe.cfg.num_sampling_steps, unit="step", mininterval=1) as bar:
+    with tqdm(total=len(batches) * sum(len(plan.full) for plan in plans), unit="step", mininterval=1) as bar:
         for batch in batches:
             for run in runs:
                 latents, seconds = timed(pipe.device, sample_batch, pipe, batch, run.plan, bar.update)

@@ -25,7 +25,7 @@ INCIDENTAL = {
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
     "use_compile", "attention_mode", "max_bad_steps", "max_bad_fraction",
     "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips",
-    "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache",
+    "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache", "recipe", "recipe_anyway",
 }  # fmt: skip
 
 
