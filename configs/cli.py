@@ -1,6 +1,6 @@
 """The command line that every program shares: its flags, --help, --dry-run, key=value pairs, and one-line errors.
 
-Nothing here imports torch: --help and mistakes of typing are answered at once.
+Nothing here imports torch, so that --help and typing errors are answered at once.
 """
 
 import argparse
@@ -16,17 +16,16 @@ from typing import Any
 from configs import default_of, limits_of, option_groups, to_yaml
 from configs.errors import UserError
 
-PATIENCE = 5.0  # seconds that a rank keeps its error to itself: rank 0 mostly fails alike and speaks for all
-WIDTH, COLUMN = 120, 36  # of --help, and where the meanings begin
+PATIENCE = 5.0  # seconds that ranks other than 0 wait before printing an error, which rank 0 usually has too
+WIDTH, COLUMN = 120, 36  # of --help: characters per line, and the column where descriptions begin
 
 
 class Parser(argparse.ArgumentParser):
-    """The shared flags; a program adds its own with `add_argument`. Mistakes raise `UserError`.
+    """A parser with the shared flags; a program adds its own with `add_argument`. Mistakes raise `UserError`.
 
     Args:
-        doc: the program's docstring, shown by --help as it stands.
-        schema: the dataclass of the program's options, or None: no --config and no key=value pairs. --help lists its
-            options, and a flag named like one is explained.
+        doc: the program's docstring, which --help prints unchanged.
+        schema: the dataclass of the program's options. None: the program takes no --config and no key=value pairs.
         config: the default YAML file.
     """
 
@@ -41,13 +40,14 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the YAML file")
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Flags and key=value pairs in any order.
+        """Returns the flags, and the key=value pairs as `overrides`; they may be given in any order.
 
-        argparse takes key=value pairs behind a flag with several values for more of those; they are moved back.
+        argparse adds key=value pairs that follow a flag with nargs="+" to its values; they are moved to `overrides`.
         """
         parsed, unknown = self.parse_known_intermixed_args(args)
         if unknown:
-            raise UserError(f"unknown flag {unknown[0].partition('=')[0]}{self._hint(unknown[0].partition('=')[0])}")
+            flag = unknown[0].partition("=")[0]
+            raise UserError(f"unknown flag {flag}; did you mean {self._nearest(flag)}?")
         for action in self._actions:
             values = getattr(parsed, action.dest, None)
             if self.schema and action.nargs == "+" and values:
@@ -56,28 +56,30 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def answer_help(self) -> None:
-        """Answers --help, if it is on the command line, and exits. Programs call this before they import torch."""
+        """Prints the help and exits if the command line asks for it. Programs call this before they import torch."""
         if {"-h", "--help"} & set(sys.argv[1:]):
             self.print_help()
             sys.exit()
 
     def format_help(self) -> str:
-        """argparse's help, and every option with its default and meaning."""
+        """Returns argparse's help followed by every option with its default and description."""
         return super().format_help() + (describe_options(self.schema) if self.schema else "")
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
-    def _hint(self, flag: str) -> str:
+    def _nearest(self, flag: str) -> str:
+        """Returns the flag or option that is spelled most like an unknown flag, or --help."""
         flags = [option for action in self._actions for option in action.option_strings]
         keys = [each.name for each in fields(self.schema)] if self.schema else []
         near = difflib.get_close_matches(flag, flags + [f"--{key}" for key in keys], n=1)
-        meant = near[0] if near and near[0] in flags else f"{near[0][2:]}=VALUE" if near else "--help"
-        return f"; did you mean {meant}?"
+        if not near:
+            return "--help"
+        return near[0] if near[0] in flags else f"{near[0][2:]}=VALUE"
 
 
 def describe_options(schema: type) -> str:
-    """A line for each option of `schema`: key=default, then its meaning, limits and choices."""
+    """Returns a line for each option of `schema`: key=default, description, limits and choices."""
     lines = ["", "options as key=value, or in the YAML file"]
     for title, group in option_groups(schema):
         lines += ["", title]
@@ -92,22 +94,23 @@ def describe_options(schema: type) -> str:
 def _describe(option: Field, prefix: str = "") -> list[str]:
     default = default_of(option)
     facts = [limits_of(option), " | ".join(map(str, option.metadata["choices"] or ()))]
-    meaning = option.metadata["help"] + "".join(f" ({fact})" for fact in facts if fact)
+    description = option.metadata["help"] + "".join(f" ({fact})" for fact in facts if fact)
     head = f"  {prefix}{option.name}={'' if default is None else default}"
-    text = textwrap.wrap(meaning, WIDTH - COLUMN)
+    text = textwrap.wrap(description, WIDTH - COLUMN)
     if len(head) < COLUMN:
         head += " " * (COLUMN - len(head)) + text.pop(0)
     return [head, *(" " * COLUMN + line for line in text)]
 
 
 def dry_run(cfg: Any, lines: Iterable[str], checks: Iterable[Callable[[], object]] = ()) -> None:
-    """On the first process: prints what would run, a comment a line, and the options as YAML; then checks the files.
+    """Prints the run and its options as YAML, then checks its files. Only the first process does so.
 
     Args:
-        checks: each raises UserError if a file that the run reads is missing.
+        lines: describe the run; each is printed as a comment.
+        checks: functions that raise UserError if a file is missing.
 
     Raises:
-        UserError: names everything that is missing.
+        UserError: files are missing; the error names all of them.
     """
     if rank():
         return
@@ -123,22 +126,22 @@ def dry_run(cfg: Any, lines: Iterable[str], checks: Iterable[Callable[[], object
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun started."""
+    """Returns the rank of this process among those that torchrun started; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started."""
+    """Returns the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run(main: Callable[[], object]) -> None:
-    """Calls `main`; a `UserError` becomes one line on stderr and exit code 1, Ctrl-C one line and 130."""
+    """Calls `main`. A `UserError` is printed as one line (exit code 1), and so is Ctrl-C (exit code 130)."""
     try:
         main()
     except UserError as error:
         if rank():
-            time.sleep(PATIENCE)  # torchrun ends this process when rank 0 has gone
+            time.sleep(PATIENCE)  # torchrun ends this process once rank 0 has exited
         print(f"error: {error}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What YAML files written for the original Latte and Skip-DiT code need in order to load unchanged."""
+"""Translation of YAML files that were written for the original Latte and Skip-DiT code."""
 
 import warnings
 from collections.abc import Collection
@@ -8,8 +8,8 @@ ALIASES = {  # the original's keys -> ours
     "save_img_path": "save_video_path",
     "accumulation_steps": "gradient_accumulation_steps",
 }
-INERT = {  # the original's keys that do nothing here, and why
-    "attention_bias": "the attention always has its bias, as in every checkpoint",
+INERT = {  # the original's keys that have no effect here -> the reason
+    "attention_bias": "attention always has a bias, as in every checkpoint",
     "save_ceph": "files are written to save_video_path or results_dir",
     "load_from_ceph": "files are read from data_path",
     "enable_xformers_memory_efficient_attention": "attention_mode: auto picks the fastest",
@@ -18,23 +18,23 @@ INERT = {  # the original's keys that do nothing here, and why
     "negative_name": "the null label comes from num_classes",
     "frame_interval": "clips are sampled at the interval of their training",
 }
-BARE_WORDS = {  # YAML reads a bare `no` as False; the original had False for mixed_precision
+BARE_WORDS = {  # YAML reads a bare `no` as False; the original's mixed_precision was False or True
     "mixed_precision": {False: "no", True: "bf16", None: "no"},
     "resume_from_checkpoint": {False: "no", True: "auto", None: "auto"},
 }
 
 
 def translate(values: dict[str, Any], known: Collection[str], source: str) -> dict[str, Any]:
-    """Keys and values of a YAML file in our terms. A key that does nothing here is named in a warning and left out.
+    """Returns the values under our keys, without those that have no effect here; a warning names each of those.
 
     Args:
-        known: the keys of the options that the values are for.
+        known: the keys that the program has options for.
         source: the file's name, for the warning.
     """
     ours: dict[str, Any] = {}
     for key, value in values.items():
         key = ALIASES.get(key, key)
-        if key == "fixed_spatial":  # also in the original's sampling files, where it is always False
+        if key == "fixed_spatial":  # the original's sampling files have it too, always False
             if value and "train_only" in known:
                 ours["train_only"] = "temporal"
         elif key in INERT and key not in known:

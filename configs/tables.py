@@ -1,10 +1,10 @@
-"""Tables as text: Markdown that is also legible as it stands."""
+"""Tables as Markdown, padded so that the source is legible too."""
 
 from collections.abc import Mapping, Sequence
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A row for each mapping of column titles to cells. Columns that are empty in all rows are left out.
+    """Returns a table with one row per mapping of column titles to cells. Empty columns are omitted.
 
     The first column is aligned to the left, the others to the right; a missing cell is shown as a dash.
     """
