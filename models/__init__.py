@@ -17,8 +17,8 @@ SIZES = {  # depth, hidden_size, num_heads
     "S": (12, 384, 6),
 }
 PATCH_SIZES = (2, 4, 8)
-LATENT_DOWNSAMPLE = 8  # pixels per latent, of the VAEs that Latte is trained with
-PARTIAL_SKIPS = 2  # of the original's LatteIMG-skip-partial
+LATENT_DOWNSAMPLE = 8  # the stride of the VAE: pixels per latent
+PARTIAL_SKIPS = 2  # num_skips of the original's LatteIMG-skip-partial
 
 NAMES = (
     f"Latte-{{{','.join(SIZES)}}}/{{{','.join(map(str, PATCH_SIZES))}}}[-skip[-cache[-N]]], "
@@ -28,7 +28,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """What a model's name says."""
+    """The options that a model's name stands for."""
 
     depth: int
     hidden_size: int
@@ -39,9 +39,9 @@ class Variant:
 
 
 def parse_name(name: str) -> Variant:
-    """`Latte`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ... -> Variant; a cache without a number has N = 2."""
-    pattern = r"Latte(?:IMG)?(?:-(XL|L|B|S)/(2|4|8))?(-skip(-partial)?(-cache(?:-(\d+))?)?)?"
-    match = re.fullmatch(pattern, name)
+    """Returns the options behind `Latte`, `Latte-B/2-skip-cache-3`, `LatteIMG-skip`, ...; -cache alone means N = 2."""
+    size_pattern = rf"(?:-({'|'.join(SIZES)})/({'|'.join(map(str, PATCH_SIZES))}))?"
+    match = re.fullmatch(rf"Latte(?:IMG)?{size_pattern}(-skip(-partial)?(-cache(?:-(\d+))?)?)?", name)
     if not match:
         raise UserError(f"model: {name!r} is unknown; valid: {NAMES}")
     size, patch, skip, partial, cache, interval = match.groups()
@@ -51,7 +51,7 @@ def parse_name(name: str) -> Variant:
 
 
 def meta_model(options: ModelOptions) -> Latte:
-    """The model of `options` without weights, on the meta device. Models of equal options are one object."""
+    """Returns the model of `options` on the meta device, without weights; the same object for equal options."""
     return _meta_model(tuple((each.name, getattr(options, each.name)) for each in fields(ModelOptions)))
 
 
@@ -62,13 +62,14 @@ def _meta_model(options: tuple[tuple[str, Any], ...]) -> Latte:
 
 
 def get_models(args: Any) -> Latte:
-    """The model of `args`: a SampleConfig, a TrainConfig, or any object with the original YAML's keys as attributes.
+    """Returns the model that `args` describes, with initial weights.
 
-    Dimensions given in `args` (hidden_size, depth, num_heads, patch_size, in_channels, num_skips, mlp_ratio) win over
-    the name's.
+    Args:
+        args: a SampleConfig, a TrainConfig, or any object with the original YAML's keys as attributes. Its dimensions
+            (hidden_size, depth, num_heads, patch_size, num_skips), where set, override those of the model's name.
 
     Raises:
-        UserError: an unknown name, with the valid ones; dimensions that do not fit each other.
+        UserError: the name is unknown (the error lists the valid names), or the dimensions do not fit together.
     """
     variant = parse_name(args.model)
 
@@ -81,15 +82,16 @@ def get_models(args: Any) -> Latte:
     num_classes = option("num_classes", None)
     extras = option("extras", 1 if num_classes is None else 2)
     if extras not in (1, 2):
-        raise UserError(f"extras: {extras} is unknown; valid: 1 (unconditional), 2 (by class)")
+        raise UserError(f"extras: {extras} is unknown; valid: 1 (unconditional), 2 (class-conditional)")
     if extras == 2 and num_classes is None:
-        raise UserError("num_classes is not set, and extras: 2 asks for a class condition")
-    downsample = LATENT_DOWNSAMPLE * option("patch_size", variant.patch_size)
-    if args.image_size % downsample:
-        raise UserError(f"image_size: {args.image_size} is not a multiple of {downsample}, a token's height in pixels")
+        raise UserError("num_classes is not set, but extras: 2 makes the model class-conditional")
+    patch_size = option("patch_size", variant.patch_size)
+    token_size = LATENT_DOWNSAMPLE * patch_size
+    if args.image_size % token_size:
+        raise UserError(f"image_size: {args.image_size} is not a multiple of {token_size}, a token's height in pixels")
     return Latte(
         input_size=args.image_size // LATENT_DOWNSAMPLE,
-        patch_size=option("patch_size", variant.patch_size),
+        patch_size=patch_size,
         in_channels=option("in_channels", 4),
         hidden_size=option("hidden_size", variant.hidden_size),
         depth=depth,

@@ -1,4 +1,4 @@
-"""Videos <-> latents through a diffusers AutoencoderKL, a few frames at a time.
+"""Encoding of videos to latents and decoding of latents, with the AutoencoderKL of diffusers.
 
 Letters: B batch, F frames, H = W pixels of a side, C = 4 latent channels, h = w = H / downsample.
 """
@@ -21,28 +21,24 @@ if TYPE_CHECKING:
 
 
 def find_weights(folder: str | Path) -> Path:
-    """The file of weights in a diffusers folder.
-
-    Raises:
-        UserError: there is no VAE in `folder`.
-    """
+    """Returns the file of weights in a diffusers folder; raises UserError if there is no VAE in it."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path to yours")
+        raise UserError(f"no VAE in {folder}: run `python pretrained/download_ckpts.py`, or set the path of your own")
     safe = folder / "diffusion_pytorch_model.safetensors"
     return safe if safe.is_file() else safe.with_suffix(".bin")
 
 
 def vae_file(cfg: Any) -> Path:
-    """The weights of the VAE that `cfg` (configs.AutoencoderOptions) names; UserError if there are none."""
+    """Returns the file of weights of `cfg`'s VAE (configs.AutoencoderOptions); raises UserError if there is none."""
     return find_weights(require_path(cfg, "pretrained_model_path") / cfg.vae)
 
 
 class LatentCodec:
     """A frozen image VAE applied to every frame of a video.
 
-    Latents are multiplied by the VAE's own scaling_factor, so that their standard deviation is about 1. At most
-    `chunk_frames` frames pass the VAE at once: memory does not grow with the batch, and the result is the same.
+    Latents are multiplied by the VAE's own scaling_factor, so that their standard deviation is about 1. The VAE
+    processes at most `chunk_frames` frames at once, so that memory does not grow with the batch.
     """
 
     def __init__(self, vae: "AutoencoderKL", chunk_frames: int = 16):
@@ -58,10 +54,15 @@ class LatentCodec:
         dtype: torch.dtype = torch.float32,
         chunk_frames: int = 16,
     ) -> "LatentCodec":
-        """The VAE in a diffusers folder (config.json and .safetensors or .bin weights), computing in `dtype`.
+        """Returns the codec of the VAE in a diffusers folder (config.json and .safetensors or .bin weights).
+
+        Code in the files is never executed.
+
+        Args:
+            dtype: of the weights and the computation.
 
         Raises:
-            UserError: no such folder, damaged weights, or weights of another model. Nothing in the files is executed.
+            UserError: the folder is missing, the weights are damaged, or they are those of another model.
         """
         from diffusers import AutoencoderKL  # slow to import
 
@@ -70,13 +71,13 @@ class LatentCodec:
             vae, info = AutoencoderKL.from_pretrained(
                 folder,
                 torch_dtype=dtype,
-                use_safetensors=weights.suffix == ".safetensors",  # otherwise .bin, read weights_only
+                use_safetensors=weights.suffix == ".safetensors",  # diffusers reads .bin with weights_only=True
                 output_loading_info=True,
                 local_files_only=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise UserError(f"cannot load the VAE in {folder}: {' '.join(str(error).split())[:200]}") from None
-        # diffusers fills what is missing with random weights and only warns
+        # diffusers only warns of missing weights, and fills them with random numbers
         if misfits := info["missing_keys"] + info["unexpected_keys"] + info["mismatched_keys"]:
             raise UserError(
                 f"the weights in {folder} do not fit its config.json: {len(misfits)} names, as {misfits[0]}"
@@ -85,11 +86,11 @@ class LatentCodec:
 
     @property
     def downsample(self) -> int:
-        """Pixels of a side per latent of a side."""
+        """The VAE's stride: pixels per latent along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def fingerprint(self) -> str:
-        """Short hash of what makes latents, the encoder's weights and the scale; decoders may differ."""
+        """Returns a short hash of the encoder's weights and the scale, on which latents depend."""
         digest = hashlib.sha256(str(self.scale).encode())
         for name, value in self.vae.state_dict().items():
             if name.startswith(("encoder.", "quant_conv.")):
@@ -97,7 +98,10 @@ class LatentCodec:
         return digest.hexdigest()[:16]
 
     def moments(self, videos: Tensor) -> tuple[Tensor, Tensor]:
-        """Videos (B, F, 3, H, W), uint8 or in [-1, 1] -> mean and std of their latents, (B, F, C, h, w) each."""
+        """Returns mean and standard deviation of the latents of videos.
+
+        (B, F, 3, H, W), uint8 or in [-1, 1] -> twice (B, F, C, h, w)
+        """
 
         def encode(frames: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, h, w)
             frames = frames / 127.5 - 1 if frames.dtype == torch.uint8 else frames
@@ -108,31 +112,34 @@ class LatentCodec:
         return mean, std
 
     def encode(self, videos: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Videos as in `moments` -> latents (B, F, C, h, w): the mean, or a draw given its noise `eps`."""
+        """Returns the latents of videos: their mean, or a draw from the posterior with standard normal noise `eps`.
+
+        (B, F, 3, H, W), uint8 or in [-1, 1] -> (B, F, C, h, w)
+        """
         mean, std = self.moments(videos)
         return mean if eps is None else mean + std * eps
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, h, w) -> videos (B, F, 3, H, W) in [-1, 1]."""
+        """Returns the videos of latents: (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1]."""
 
         def decode(z: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W)
             return self.vae.decode(z.to(self.vae.dtype) / self.scale).sample.clamp(-1, 1)
 
         return self._by_chunks(decode, latents)
 
-    @torch.no_grad()  # not inference_mode: what comes out is input to training
+    @torch.no_grad()  # not inference_mode: training uses the results
     def _by_chunks(self, function: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
-        """`function` on the frames of (B, F, ...), `chunk_frames` at a time; returns fp32."""
+        """Applies `function` to the frames of videos (B, F, ...), `chunk_frames` at a time; returns fp32."""
         frames = videos.flatten(0, 1)  # (B F, ...)
         chunks = [function(chunk).float() for chunk in frames.split(self.chunk_frames)]
         return torch.cat(chunks).unflatten(0, videos.shape[:2])
 
 
 def load_codec(cfg: Any, device: torch.device) -> LatentCodec:
-    """The VAE of `cfg` (configs.AutoencoderOptions and in_channels), in fp32.
+    """Returns the codec of `cfg` (configs.AutoencoderOptions and in_channels), in fp32.
 
     Raises:
-        UserError: no VAE there, or one whose latents are not the model's.
+        UserError: there is no VAE, or its latents do not fit the model.
     """
     folder = vae_file(cfg).parent
     codec = LatentCodec.from_pretrained(folder, device, chunk_frames=cfg.vae_chunk_frames)

@@ -1,4 +1,4 @@
-"""Weights on disk: read strictly, whatever a file turns out to be, and written atomically."""
+"""Reading weights, strictly and without running code from the file, and writing them atomically."""
 
 import math
 import os
@@ -17,12 +17,16 @@ from configs.files import atomic_path
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, optional: str | None = None) -> list[str]:
-    """Loads the weights at `path` into `model`, every name and shape; values take the model's dtype and device.
+    """Loads the weights at `path` into `model`, in the model's dtype; every name and shape must agree.
 
-    Names that start with `optional` may all be absent from the file; those that were are returned.
+    Args:
+        optional: a prefix; the file may lack all the names that start with it.
+
+    Returns:
+        The optional names that the file lacks.
 
     Raises:
-        UserError: the file is no checkpoint, or is one of another model; names the options that differ.
+        UserError: the file is not a checkpoint of this model; the error names the options that differ.
     """
     theirs, ours = load_state_dict(path), model.state_dict()
     absent = [name for name in ours if optional and name.startswith(optional)]
@@ -38,12 +42,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, optional: str | None = N
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a .pt file (under `ema`, else `model`, else bare) or a .safetensors file, with plain names.
+    """Returns the weights in a .safetensors file, or in a .pt file (its `ema`, else its `model`, else all of it).
 
-    Nothing in the file is executed; tensors stay on disk until they are used.
+    Code in the file is never executed. Prefixes of torch.compile and DDP are removed from the names.
 
     Raises:
-        UserError: no such file, a truncated one, or something else under its name.
+        UserError: the file is missing, truncated or not a checkpoint.
     """
     path = _existing(path)
     with path.open("rb") as file:
@@ -53,13 +57,13 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page saved under this name, not weights: download the file itself")
 
-    # A format shows in the first bytes: names lie.
-    if head[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+    # The first bytes tell the format; the suffix may be wrong.
+    if head[8:9] == b"{":  # safetensors: the length of the header in 8 bytes, then the header as JSON
         try:
             content = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or damaged, fetch it again ({error})") from None
-    elif head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or the bare pickle of torch before 1.6
+    elif head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle of torch before 1.6
         content = _load_pickle(path, mmap=head.startswith(b"PK"))
     else:
         raise UserError(f"{path} holds no weights: neither a .pt nor a .safetensors file ({path.stat().st_size} bytes)")
@@ -71,17 +75,17 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         found = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content)
         raise UserError(f"{path} holds no weights: expected `ema`, `model` or tensors at the top, found {found}")
-    # torch.compile and DDP, in either order, put these before users' names.
+    # torch.compile adds `_orig_mod.` and DDP `module.`; either may be the outer one.
     return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in content.items()}
 
 
 def count_skips(path: str | Path) -> int:
-    """Number of long skip branches of the model whose weights are at `path`."""
-    return sum(name.startswith("skip_linears.") and name.endswith(".weight") for name in load_state_dict(path))
+    """Returns the number of long skip branches of the model whose weights are at `path`."""
+    return _count_skips(load_state_dict(path))
 
 
 def save_checkpoint(path: str | Path, **state: Any) -> None:
-    """Writes `state` (ema=..., model=...) with torch.save; the file appears whole or not at all, also after a crash."""
+    """Writes `state` (ema=..., model=...) with torch.save, atomically even if the machine crashes."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
         file.flush()
@@ -89,7 +93,7 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub`, strict: weights pass through `load_checkpoint`."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub`; `load_checkpoint` loads the weights, strictly."""
 
     @classmethod
     def _load_as_safetensor(cls, model: nn.Module, model_file: str, map_location: str, strict: bool) -> nn.Module:
@@ -120,7 +124,7 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
 
 
 def _misfit(theirs: dict, ours: dict, missing: list[str], surplus: list[str], shapes: list[str]) -> str:
-    """How a file and a model differ, in one line: in options, if both are Lattes, and in names and shapes."""
+    """Returns how a file and a model differ, in one line: in options (if both are Lattes), names and shapes."""
     parts = []
     file, model = _options(theirs), _options(ours)
     differ = [key for key in file if key in model and file[key] != model[key]]
@@ -134,25 +138,29 @@ def _misfit(theirs: dict, ours: dict, missing: list[str], surplus: list[str], sh
         else:
             parts.append("set these options as in the file")
     shapes = [f"{name} {list(theirs[name].shape)}, not {list(ours[name].shape)}" for name in shapes]
-    for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes)):
+    for problem, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes)):
         if names:
-            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            parts.append(f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     return "; ".join(parts)
 
 
+def _count_skips(state: dict[str, Tensor]) -> int:
+    return sum(name.startswith("skip_linears.") and name.endswith(".weight") for name in state)
+
+
 def _options(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The options that the weights of a Latte were made with; empty for another model."""
+    """Returns the options of a Latte, read from the shapes of its weights; empty for another model."""
     if not {"x_embedder.proj.weight", "pos_embed", "temp_embed", "final_layer.linear.weight"} <= state.keys():
         return {}
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     latent_size = math.isqrt(state["pos_embed"].shape[1]) * patch_size
-    table = state.get("y_embedder.embedding_table.weight")  # one row per class and one for no class
+    table = state.get("y_embedder.embedding_table.weight")  # one row per class and one for the null label
     return {
         "hidden_size": hidden_size,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "num_skips": sum(name.startswith("skip_linears.") and name.endswith("weight") for name in state),
+        "num_skips": _count_skips(state),
         "num_classes": None if table is None else len(table) - 1,
         "num_frames": state["temp_embed"].shape[1],
         "image_size": f"{latent_size * 8} (with an 8x VAE)",

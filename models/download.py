@@ -1,4 +1,4 @@
-"""Downloads that continue where they stopped, and files that appear whole, under their name, or not at all."""
+"""Downloads that continue after an interruption. A file gets its name only when it is complete."""
 
 import hashlib
 import os
@@ -17,18 +17,18 @@ def download(
     sha256: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> None:
-    """Fetches `url` to `target`.
+    """Downloads `url` to `target`, or the rest of it after an interruption.
 
-    hf_hub_download drops what it has when it is interrupted, so the hub's own http_get writes to a file that stays,
-    and that is renamed when whole.
+    hf_hub_download deletes an incomplete file when it is interrupted. So the hub's http_get writes to a file that
+    stays, and that is renamed when it is complete.
 
     Args:
-        tag: of this version of the file; what is left of another version is not continued.
-        size: bytes; None: the server's word.
-        sha256: of the file, in hex; None: not checked.
+        tag: names this version of the file; an incomplete download of another version is not continued.
+        size: in bytes; None: the size that the server reports.
+        sha256: in hex; None: not checked.
 
     Raises:
-        UserError: the file arrived damaged; nothing is left of it.
+        UserError: the hash is wrong; the file is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{tag}.part")

@@ -1,4 +1,4 @@
-"""What a run on this machine should use, and what it ran on: attention, number type, device, timing."""
+"""The machine: the attention and number type that suit it, its description, the device, and timing on it."""
 
 import os
 import platform
@@ -18,12 +18,15 @@ T = TypeVar("T")
 
 
 def fastest_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that measured fastest: on a CPU, the fused kernel loses to plain products in bf16."""
+    """Returns the attention that was measured to be fastest: in bf16 on a CPU, plain products beat the fused kernel."""
     return "math" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> str:
-    """The type of the weights: `precision`, or for `auto` the fastest of the device. The sampler's state is fp32.
+    """Returns the number type of the weights: `precision`, or for `auto` the fastest on the device.
+
+    Args:
+        use_fp16: the original's switch: `auto` means fp16 on CUDA.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -38,14 +41,14 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> st
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products are computed in hardware; elsewhere they run, but slower than fp32."""
+    """Returns whether the hardware computes bf16 products; in software they are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"amx_bf16", "avx512_bf16"} & set(_cpu_fact("flags").split()))
 
 
 def describe_machine(device: torch.device) -> str:
-    """What measured times depend on, in one line: processor, threads or GPU memory, and torch's version."""
+    """Returns what timings depend on, in one line: processor, threads or GPU memory, and torch's version."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB), torch {torch.__version__}"
@@ -55,21 +58,21 @@ def describe_machine(device: torch.device) -> str:
 
 
 def _cpu_fact(key: str) -> str:
-    """A line of Linux's description of the first processor; empty on other systems."""
+    """Returns a value from Linux's description of the first processor; empty on other systems."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
 def default_device() -> torch.device:
-    """The current GPU, or the CPU on a machine without one."""
+    """Returns the current GPU, or the CPU on a machine without GPUs."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def local_device() -> torch.device:
-    """The GPU of this process under torchrun, which becomes the current one; the CPU on a machine without GPUs.
+    """Returns the GPU of this torchrun process and makes it current, or the CPU on a machine without GPUs.
 
     Raises:
-        UserError: more processes on this node than GPUs.
+        UserError: this node has more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -82,9 +85,9 @@ def local_device() -> torch.device:
 
 
 def timed(device: torch.device, function: Callable[..., T], *args: Any) -> tuple[T, float]:
-    """The function's result, and the seconds until the device had it."""
+    """Returns the result of `function(*args)` and the seconds until the device has finished computing it."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # what was queued before does not count
+        torch.cuda.synchronize(device)  # earlier work is not timed
     start = time.perf_counter()
     result = function(*args)
     if device.type == "cuda":

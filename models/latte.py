@@ -1,7 +1,8 @@
 """Latte, a video diffusion transformer (arXiv:2401.03048), with the long skip branches of Skip-DiT (arXiv:2411.17616).
 
-A layer is a spatial and a temporal block. Layer i < num_skips hands its output to layer L-1-i, which merges it before
-it runs. num_skips = 0 is Latte, L/2 is Skip-DiT. Letters: B batch, F frames, T tokens of a frame, D width, L layers.
+A layer is a spatial block followed by a temporal block. A long skip carries the output of layer i < num_skips to layer
+L-1-i, which merges it into its input. num_skips = 0 is Latte, num_skips = L/2 is Skip-DiT.
+Letters: B batch, F frames, T tokens of a frame, D width, L layers, C channels of the latents, H = W = input_size.
 """
 
 from collections.abc import Iterable
@@ -36,12 +37,12 @@ class Latte(nn.Module, StrictHubMixin):
         hidden_size: D.
         depth: number of blocks, a multiple of 4; L = depth / 2.
         num_heads: attention heads.
-        mlp_ratio: hidden width of a block's MLP over D.
+        mlp_ratio: hidden width of a block's MLP divided by D.
         num_frames: frames of a clip; frames past them are stills (joint image-video training).
-        class_dropout_prob: above 0 there is a null label, `num_classes`. Labels are dropped by the caller.
-        num_classes: None for a model without class condition.
-        learn_sigma: 2 x in_channels outputs, the second half being the variance.
-        num_skips: long skip branches, 0 ... L / 2.
+        class_dropout_prob: above 0, the label `num_classes` is the null label. The caller drops labels, not the model.
+        num_classes: None for an unconditional model.
+        learn_sigma: whether the output has 2C channels, of which the second half is the variance.
+        num_skips: number of long skip branches, 0 ... L / 2.
     """
 
     def __init__(
@@ -79,13 +80,12 @@ class Latte(nn.Module, StrictHubMixin):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.skip_norms = nn.ModuleList(
-            FP32LayerNorm(2 * hidden_size, eps=1e-6) for _ in range(num_skips)
-        )  # 0: the innermost
+        # Entry 0 serves the innermost branch, which ends at layer L/2 in Skip-DiT.
+        self.skip_norms = nn.ModuleList(FP32LayerNorm(2 * hidden_size, eps=1e-6) for _ in range(num_skips))
         self.skip_linears = nn.ModuleList(SkipLinear(hidden_size) for _ in range(num_skips))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
 
-        # Fixed tables, but part of every checkpoint.
+        # Constants, but published checkpoints contain them.
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid)[None].float(), requires_grad=False)
         frames = torch.arange(num_frames)
@@ -93,23 +93,25 @@ class Latte(nn.Module, StrictHubMixin):
         self.init_weights()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, y_image: Tensor | None = None) -> Tensor:
-        """The model's prediction for noisy latents.
+        """Returns the model's prediction for noisy latents.
 
         Args:
             x: (B, F, C, H, W); frames past `num_frames` are stills.
             t: (B,) original timesteps, 0 ... 999.
-            y: (B,) labels, already dropped; None for a model without class condition.
+            y: (B,) labels, some of them replaced by the null label in training; None for an unconditional model.
             y_image: (B, F - num_frames) labels of the stills.
 
         Returns:
-            (B, F, 2C, H, W), or C channels without `learn_sigma`.
+            (B, F, 2C, H, W), or (B, F, C, H, W) without `learn_sigma`.
         """
         x, c = self.embed(x, t, y, y_image)  # (B, F, T, D), (B, 1 or F, D)
         x = self.run(range(self.num_layers), x, c, skips=[])  # (B, F, T, D)
         return self.unembed(x, c)  # (B, F, 2C, H, W)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor | None = None, y_image: Tensor | None = None):
-        """Latents to tokens (B, F, T, D), and the conditioning: a row a sample, or one a frame where stills differ."""
+    def embed(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, y_image: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns tokens (B, F, T, D) and conditioning (B, 1, D), or (B, F, D) where stills have their own labels."""
         B, F = x.shape[:2]
         patches = x.flatten(0, 1).to(self.x_embedder.proj.weight.dtype)  # (B*F, C, H, W)
         tokens = self.x_embedder(patches).unflatten(0, (B, F)) + self.pos_embed
@@ -122,11 +124,12 @@ class Latte(nn.Module, StrictHubMixin):
         return tokens, c + self.y_embedder(labels)
 
     def run(self, layers: Iterable[int], x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run `layers` on x (B, F, T, D). `skips` is a stack: first layers push, last ones pop."""
+        """Runs `layers` on x (B, F, T, D). `skips` is a stack: the first layers push to it and the last layers pop."""
         for i in layers:
             x = self.merge(i, x, skips)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.layer, i, x, c, use_reentrant=False, preserve_rng_state=False)  # none is drawn
+                # Layers draw no random numbers, so there is no state of a generator to preserve.
+                x = checkpoint(self.layer, i, x, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.layer(i, x, c)
             if i < self.num_skips:
@@ -134,42 +137,42 @@ class Latte(nn.Module, StrictHubMixin):
         return x
 
     def merge(self, i: int, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """What enters layer i: x (B, F, T, D), with the newest of `skips` merged in where a skip branch ends."""
+        """Returns the input of layer i: x (B, F, T, D), merged with the newest of `skips` if a branch ends here."""
         branch = i - (self.num_layers - self.num_skips)  # 0: the innermost
         if branch < 0:
             return x
-        # The innermost merge of a model with L/2 skips gets its own input twice: it was trained so.
+        # With L/2 skips, the innermost merge concatenates x with itself. The published weights were trained so.
         return self.skip_linears[branch](self.skip_norms[branch](torch.cat([x, skips.pop()], dim=-1)))
 
     def layer(self, i: int, x: Tensor, c: Tensor) -> Tensor:
-        """Layer i on x (B, F, T, D): attention within each frame, then along time at each place of the clip."""
+        """Runs layer i on x (B, F, T, D): attention within each frame, then over the frames at each token's place."""
         spatial, temporal = self.blocks[2 * i], self.blocks[2 * i + 1]
         x = spatial(x, c)
         clip, stills = x[:, : self.num_frames], x[:, self.num_frames :]
         if i == 0:
             clip = clip + self.temp_embed[:, :, None]  # (1, F, 1, D)
-        # Contiguous, or every norm and sum of the block would copy, or stride through, its input.
-        clip = temporal(clip.transpose(1, 2).contiguous(), c[:, :1]).transpose(1, 2)  # (B, T, F, D) inside
+        # contiguous(): otherwise each norm and sum in the block would copy its input or read it with strides.
+        clip = temporal(clip.transpose(1, 2).contiguous(), c[:, :1]).transpose(1, 2)  # (B, T, F, D) -> (B, F, T, D)
         return torch.cat([clip, stills], dim=1) if stills.shape[1] else clip.contiguous()
 
     def unembed(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B, F, T, D) to (B, F, 2C, H, W)."""
+        """Returns the output (B, F, 2C, H, W) of tokens x (B, F, T, D)."""
         p, size = self.patch_size, self.input_size // self.patch_size
         x = self.final_layer(x, c)
         return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=size, w=size, p=p, q=p)
 
     def set_attention(self, mode: str) -> None:
-        """`sdpa` (torch's fused kernel) or `math` (plain products); see hardware.fastest_attention."""
+        """Selects the attention: `sdpa` (torch's fused kernel) or `math` (plain products)."""
         for block in self.blocks:
             block.attn.fused_attn = mode == "sdpa"
 
     def init_weights(self) -> None:
-        """adaLN-zero: every block starts as the identity and the output as zero; Xavier elsewhere."""
+        """Initializes as adaLN-zero: every block is the identity and the output is zero. Other layers are Xavier."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a linear layer over a patch
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as a linear layer on flattened patches
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -184,11 +187,11 @@ class Latte(nn.Module, StrictHubMixin):
 
 @torch.no_grad()
 def init_skips_as_identity(model: Latte, x: Tensor, t: Tensor, y: Tensor | None = None) -> None:
-    """Let each skip branch pass its input on, for a trunk that was trained without skips.
+    """Sets each merge of `model` to return x, so that weights trained without skips keep nearly the same output.
 
-    A merge is LayerNorm, then Linear, on [x, skip]. The linear layer becomes s [I, 0] with the s that restores, in the
-    least-squares sense, the scale that the norm takes away; it is measured on one forward of x (B, F, C, H, W), t, y,
-    from the innermost merge outwards, each seeing those before it in place.
+    A merge is Linear(LayerNorm([x, skip])). The linear layer becomes s [I, 0]. The norm removes the scale of x; s is
+    the least-squares estimate of that scale, measured in one forward pass on x (B, F, C, H, W), t (B,) and y (B,). The
+    pass runs the innermost merge first, so each merge is fitted after those before it have been set.
     """
 
     def fit(norm: FP32LayerNorm, inputs: tuple[Tensor], normed: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""The parts of the transformer. Letters: B batch, F frames, T tokens of a frame, S tokens of a sequence, D width."""
+"""The parts of the transformer.
+
+Letters: B batch, F frames, T tokens of a frame, G sequences of a sample, S tokens of a sequence, D width.
+Spatial attention has G = F and S = T; temporal attention has G = T and S = F.
+"""
 
 import math
 
@@ -9,12 +13,12 @@ from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, in one pass over x."""
+    """Returns x (1 + scale) + shift, computed in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps to vectors: sinusoids, then a two-layer MLP."""
+    """Embeds timesteps with sinusoids and a two-layer MLP."""
 
     def __init__(self, hidden_size: int, num_frequencies: int = 256):
         super().__init__()
@@ -24,7 +28,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) timesteps, possibly fractional -> (B, D)."""
+        """t (B,), integer or fractional -> (B, D)."""
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, half)
@@ -33,19 +37,19 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels to vectors. With label dropout there is one row more, of the null label `num_classes`."""
+    """Embeds class labels. With label dropout, the table has one more row for the null label, `num_classes`."""
 
     def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """(...,) -> (..., D)."""
+        """labels (...,) -> (..., D)."""
         return self.embedding_table(labels)
 
 
 class Block(nn.Module):
-    """A DiT block with adaLN-zero; attention stays within each of a sample's G sequences."""
+    """A DiT block with adaLN-zero. Tokens attend only within their sequence."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -65,7 +69,7 @@ class Block(nn.Module):
 
 
 class FP32LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in fp32 whatever the type of its input: the concatenated streams differ widely in scale."""
+    """LayerNorm in fp32 for any type of input, because the two concatenated streams differ widely in scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
@@ -85,7 +89,7 @@ class SkipLinear(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to the values of their patches."""
+    """Maps tokens to the values of their patches."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -100,13 +104,13 @@ class FinalLayer(nn.Module):
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """Sines, then cosines, of positions at dim / 2 frequencies: (N,) -> (N, dim), float64."""
+    """Returns sines, then cosines, of positions at dim / 2 frequencies: (N,) -> (N, dim), float64."""
     frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = torch.outer(positions.double(), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(dim: int, size: int) -> Tensor:
-    """A size x size grid, rows first: (size * size, dim); the first half encodes the column, the second the row."""
+    """Returns (size * size, dim) for a grid, row by row; the first half encodes the column, the second the row."""
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)

@@ -1,7 +1,7 @@
-"""Multiply-adds (MACs) of a model's steps, counted without computing them.
+"""Multiply-adds (MACs) of a model's steps, counted on the meta device without computing them.
 
-Ours are torch's flop counter divided by two: all matrix products and convolutions, those of the attention included.
-(The paper leaves the attention's out, and counts the conditioning once a frame and token.)
+The count is half of torch's flop count: all matrix products and convolutions, including those in attention.
+The paper omits the products in attention, and counts the conditioning once for every frame and token.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class StepMacs:
     """MACs of one step on one sample, without guidance (which doubles them)."""
 
     full: int
-    cached: int  # of a model without skips: full
+    cached: int  # for a model without skips: the same as full
 
 
 def step_macs(options: ModelOptions, depth: int = 1) -> StepMacs:
-    """MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`."""
+    """Returns the MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`."""
     return _count(meta_model(options), depth)
 
 
@@ -36,7 +36,7 @@ def _count(model: Latte, depth: int) -> StepMacs:
         x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
         t = torch.empty(1, dtype=torch.long)
         y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
-    model.set_attention("math")  # the counter does not see inside the fused kernel
+    model.set_attention("math")  # the counter cannot see into the fused kernel
 
     with FlopCounterMode(display=False) as full:
         _, deep = full_step(model, depth, x, t, y)
@@ -48,6 +48,6 @@ def _count(model: Latte, depth: int) -> StepMacs:
 
 
 def readable(macs: int) -> str:
-    """1938926813184 -> 1.94 TMACs."""
+    """Returns MACs with a unit: 1938926813184 -> 1.94 TMACs."""
     size, unit = next((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1, "")) if macs >= size)
     return f"{macs / size:.3g} {unit}MACs"

@@ -1,8 +1,14 @@
-"""Skip-Cache: most steps run only the outer layers around the deep feature of an earlier step (arXiv:2411.17616).
+"""Skip-Cache (arXiv:2411.17616): most steps run only the outer layers and reuse the deep feature of an earlier step.
 
-Mechanism and policy are apart: `SkipCache` runs a step in full or from the cache, and a plan, a list over the steps
-made before the run, says which. Beyond the paper, the deep feature can be forecast from those of several full steps,
-as TaylorSeer (arXiv:2503.06923) does inside every block; here it is one tensor of the whole model.
+With depth b, the first b and the last b of L layers are the outer layers. The deep feature is the output of layer
+L-b-1, the one tensor that the last b layers need from the layers between. The long skips carry the fresh outputs of
+the first b layers to the last b.
+
+    full step:    embed, layers 0 ... L-b-1, keep the deep feature, layers L-b ... L-1, unembed
+    cached step:  embed, layers 0 ... b-1 for their skips, the kept deep feature, layers L-b ... L-1, unembed
+
+`SkipCache` runs the steps. A plan, a list made before the run, says which of them run in full. Beyond the paper, the
+deep feature can be forecast from those of several full steps, as TaylorSeer (arXiv:2503.06923) does in every block.
 Letters: B batch, F frames, T tokens of a frame, D width, L layers.
 """
 
@@ -18,39 +24,34 @@ from models.latte import Latte
 
 
 def interval_plan(timesteps: Sequence[int], interval: int, start: int = 900, stop: int = 50) -> list[bool]:
-    """The paper's plan: which steps run in full.
+    """Returns the paper's plan: for each step, whether it runs in full.
 
     Args:
         timesteps: original timesteps, 0 ... 999, in sampling order, from noise to clean.
-        interval: N; every N-th step is full. 1: all are.
+        interval: N; every N-th step is full. 1: all steps are full.
         start: steps with t >= start are full.
-        stop: after a step with t < stop the cache is emptied and the count of steps starts anew.
-
-    Returns:
-        One bool a step; True: run in full.
+        stop: after a step with t < stop, the cache is emptied and the next step, number 0 again, is full.
     """
     if interval < 1:
         raise UserError(f"cache.interval: {interval} is less than 1 (1: no cache, 2: every second step in full)")
-    plan, count, empty = [], 0, True
+    plan, count = [], 0  # count of steps since the cache was empty
     for t in timesteps:
-        plan.append(empty or count % interval == 0 or t >= start)
-        empty, count = (True, 0) if t < stop else (False, count + 1)
+        plan.append(count % interval == 0 or t >= start)
+        count = 0 if t < stop else count + 1
     return plan
 
 
 def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
-    """How a cached step's deep feature is made of those of the full steps before it.
+    """Returns, for each step, the weights of the last full steps' deep features, newest first; [] for a full step.
 
-    The polynomial in the number of the step through the last `order` + 1 full steps (fewer where the run had fewer),
-    continued to the cached step: Lagrange's weights. They sum to 1; order 0 is the paper's reuse.
-
-    Returns:
-        For each step the weights of the last full steps, newest first; none for a full step.
+    A cached step uses the weighted sum of these features. It is the value at the cached step of the polynomial in the
+    step number through the last `order` + 1 full steps (or all of them, if there were fewer). The weights are those of
+    Lagrange's formula and sum to 1; order 0 gives [1], the paper's reuse.
     """
     if not 0 <= order <= 3:
         raise UserError(f"cache.order: {order} is outside 0 ... 3 (0: reuse, 1: linear forecast, 2: quadratic)")
     weights: list[list[float]] = []
-    full: deque[int] = deque(maxlen=order + 1)  # numbers of the last full steps, newest first
+    full: deque[int] = deque(maxlen=order + 1)  # step numbers of the last full steps, newest first
     for step, runs_in_full in enumerate(plan):
         if runs_in_full:
             full.appendleft(step)
@@ -61,7 +62,7 @@ def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
 
 
 def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All layers. Returns the model's output and the feature (B, F, T, D) that enters the outer tail."""
+    """Runs all layers; returns the model's output (B, F, 2C, H, W) and the deep feature (B, F, T, D)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
     deep = model.run(range(model.num_layers - depth), x, c, skips)
@@ -70,10 +71,10 @@ def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) 
 
 
 def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None, deep: Tensor) -> Tensor:
-    """The `depth` outer layers at each end, around `deep` of an earlier step."""
+    """Runs `depth` outer layers at each end, the last ones on `deep`; returns the output (B, F, 2C, H, W)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
-    model.run(range(depth), x, c, skips)  # only its skips are used
+    model.run(range(depth), x, c, skips)  # fills `skips`; its output is not needed
     x = model.run(range(model.num_layers - depth, model.num_layers), deep, c, skips)
     return model.unembed(x, c)
 
@@ -81,13 +82,13 @@ def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None
 class SkipCache:
     """A denoiser for one sampling run of `len(plan)` steps, called like the model.
 
-    Its state, the step number and the deep features, ends with the run: make a new one for the next.
+    It counts its calls and keeps the last deep features, so every run needs a new one.
 
     Args:
         model: a Latte with at least `depth` skips.
-        plan: for each step, whether it runs in full; the first must.
-        depth: b, outer layers at each end that run on every step.
-        order: of the forecast, see `forecast_weights`; as many deep features more are kept.
+        plan: for each step, whether it runs in full; the first step must.
+        depth: b, the number of outer layers at each end.
+        order: of the forecast (see `forecast_weights`); order + 1 deep features are kept.
         steps: `(full_step, cached_step)` or their compiled forms.
     """
 
@@ -102,26 +103,26 @@ class SkipCache:
         check_cache_depth(model.num_skips, depth)
         assert plan[0], "the first step has nothing to reuse"
         self.model, self.depth = model, depth
-        self.full, self.cached = steps
-        self.weights = iter(forecast_weights(plan, order))
-        self.deep: deque[Tensor] = deque(maxlen=order + 1)  # (B, F, T, D) each, newest first
+        self.full_step, self.cached_step = steps
+        self.weights = iter(forecast_weights(plan, order))  # one entry per call
+        self.deep: deque[Tensor] = deque(maxlen=order + 1)  # deep features (B, F, T, D) of full steps, newest first
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, 2C, H, W)."""
         weights = next(self.weights)
-        if not weights:
-            out, deep = self.full(self.model, self.depth, x, t, y)
+        if not weights:  # a full step
+            out, deep = self.full_step(self.model, self.depth, x, t, y)
             self.deep.appendleft(deep)
             return out
         deep = self.deep[0]
-        if len(weights) > 1:
+        if len(weights) > 1:  # weights [1] mean reuse: the feature as it is, without a copy
             forecast = sum(weight * each.float() for weight, each in zip(weights, self.deep, strict=True))
             deep = forecast.to(deep.dtype)
-        return self.cached(self.model, self.depth, x, t, y, deep)
+        return self.cached_step(self.model, self.depth, x, t, y, deep)
 
 
 def check_cache_depth(num_skips: int, depth: int) -> None:
-    """Raise unless `depth` outer layers each have a skip branch that carries the fresh input around the cached ones."""
+    """Raises UserError unless each of the `depth` outer layers has a skip branch around the cached layers."""
     if num_skips == 0:
         raise UserError(
             "Skip-Cache needs long skip branches, and this model has none: choose a model with `skip` in its name"
@@ -131,5 +132,5 @@ def check_cache_depth(num_skips: int, depth: int) -> None:
 
 
 def compile_steps() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """`(full_step, cached_step)`, each compiled as one graph; the plan stays outside."""
+    """Returns `(full_step, cached_step)`, each compiled as one graph; the plan is not part of a graph."""
     return torch.compile(full_step, fullgraph=True), torch.compile(cached_step, fullgraph=True)
