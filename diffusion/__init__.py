@@ -1,4 +1,4 @@
-"""Gaussian diffusion under the names users of OpenAI's guided-diffusion know.
+"""Gaussian diffusion, with the names of OpenAI's guided-diffusion.
 
 diffusion = create_diffusion("50")
 z = diffusion.ddim_sample_loop(denoiser, shape, clip_denoised=False, model_kwargs=dict(y=labels), device="cuda")
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import DiffusionOptions, UserError
+from configs import DiffusionOptions, choice
 from diffusion import losses, sampling
 from diffusion.schedule import NOISE_SCHEDULES, Schedule, space_timesteps
 
@@ -20,10 +20,11 @@ PREDICTIONS = ("eps", "x0", "v")
 
 
 class Diffusion(Schedule):
-    """A noise process together with how a model's output is read: what it predicts, and which variance it has.
+    """A noise process, and the meaning of the model's output: its target, and whether it contains the variance.
 
-    A model is called as model(x, t, **model_kwargs) with x (B, ..., C, H, W), t (B,) original timesteps, and returns
-    (B, ..., C, H, W), or 2C channels when the variance is learned. Holds constants only, so runs share nothing.
+    A model is called as model(x, t, **model_kwargs) with x (B, ..., C, H, W) and t (B,), original timesteps. It
+    returns (B, ..., C, H, W), or 2C channels if the variance is learned. An object holds only constants, so any number
+    of runs can share it.
     """
 
     def __init__(self, original_betas: np.ndarray, timestep_map: list[int], prediction: str, learn_sigma: bool):
@@ -32,18 +33,21 @@ class Diffusion(Schedule):
         self.learn_sigma = learn_sigma
 
     def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A model's output as prediction and, when it is learned, variance, each shaped like x."""
+        """Returns a model's output as prediction and variance (None if it is not learned), each shaped like x."""
         channels = x.shape[-3]
         assert output.shape[-3] == channels * (1 + self.learn_sigma), f"output {output.shape} for input {x.shape}"
         return output.split(channels, dim=-3) if self.learn_sigma else (output, None)
 
     def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model is trained to predict; v as in Salimans & Ho 2022, appendix D."""
+        """Returns the target of the model's prediction; v as in Salimans & Ho 2022, appendix D."""
         c = self.at(t, x_start)
         return {"eps": noise, "x0": x_start, "v": c.alpha * noise - c.sigma * x_start}[self.prediction]
 
     def interpret(self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool) -> dict[str, Tensor]:
-        """p(x_{t-1} | x_t) from a model's output: "mean", "variance", "log_variance", "pred_xstart", each like x."""
+        """Returns p(x_{t-1} | x_t), given a model's output.
+
+        The keys are "mean", "variance", "log_variance" and "pred_xstart" (the estimate of x_0), each shaped like x.
+        """
         prediction, variance = self.split(output, x)
         c = self.at(t, x)
         match self.prediction:
@@ -55,7 +59,7 @@ class Diffusion(Schedule):
                 x_start = c.alpha * x - c.sigma * prediction
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
-        if self.learn_sigma:  # between the two bounds, Nichol & Dhariwal 2021, eq. 15
+        if self.learn_sigma:  # the output interpolates between two bounds: Nichol & Dhariwal 2021, eq. 15
             log_variance = torch.lerp(c.posterior_log_variance, c.beta_log_variance, (variance + 1) / 2)
         else:
             log_variance = c.large_log_variance.expand_as(x)
@@ -70,7 +74,7 @@ class Diffusion(Schedule):
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Run the model at x (B, ..., C, H, W), t (B,); returns what `interpret` returns, in fp32."""
+        """Runs the model on x (B, ..., C, H, W), t (B,); returns p(x_{t-1} | x_t) as `interpret` does, in fp32."""
         output = model(x, self.original_timesteps(t), **(model_kwargs or {})).float()
         return self.interpret(output, x, t, clip_denoised)
 
@@ -90,24 +94,25 @@ def create_diffusion(
     learn_sigma: bool = True,
     diffusion_steps: int = 1000,
 ) -> Diffusion:
-    """Make the diffusion a model was trained with, over all of its timesteps or some (`schedule.space_timesteps`).
+    """Returns the noise process that a model was trained with, over all of its timesteps or some of them.
 
-    A variance that is not learned is beta. Raises UserError on an unknown name.
+    Args:
+        timestep_respacing: the timesteps, see `schedule.space_timesteps`; "" for all.
+        learn_sigma: False: the variance is fixed to beta.
+
+    Raises:
+        UserError: a name is unknown, or the timesteps are impossible.
     """
-    if noise_schedule not in NOISE_SCHEDULES:
-        raise UserError(f'unknown noise_schedule "{noise_schedule}"; valid are {", ".join(NOISE_SCHEDULES)}')
-    if prediction not in PREDICTIONS:
-        raise UserError(f'unknown prediction "{prediction}"; valid are {", ".join(PREDICTIONS)}')
     return Diffusion(
-        NOISE_SCHEDULES[noise_schedule](diffusion_steps),
+        NOISE_SCHEDULES[choice("noise_schedule", noise_schedule, NOISE_SCHEDULES)](diffusion_steps),
         space_timesteps(diffusion_steps, timestep_respacing),
-        prediction,
+        choice("prediction", prediction, PREDICTIONS),
         learn_sigma,
     )
 
 
 def make_diffusion(options: DiffusionOptions, timestep_respacing: str | int = "") -> Diffusion:
-    """The noise process of `options` (which also say learn_sigma): all of its timesteps, for training, or some."""
+    """Returns `create_diffusion` with the values of `options` (DiffusionOptions and learn_sigma)."""
     return create_diffusion(
         timestep_respacing, options.noise_schedule, options.prediction, options.learn_sigma, options.diffusion_steps
     )

@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass
 class Guided:
-    """A denoiser led towards its labels: eps = null + scale (cond - null); Ho & Salimans 2022, eq. 6.
+    """A denoiser with guidance: eps_null + scale (eps_cond - eps_null); Ho & Salimans 2022, eq. 6.
 
-    One call runs `denoiser` once on 2B rows, the conditional ones first. The variance channels stay the conditional
-    rows'. scale = 1 is the denoiser itself, on B rows.
+    A call runs `denoiser` once on 2B rows: B with their labels, then B with the null label. Variance channels, if any,
+    are those of the labelled rows. With scale = 1 a call runs `denoiser` on B rows and returns its output.
     """
 
     denoiser: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,8 +24,8 @@ class Guided:
         if self.scale == 1:
             return self.denoiser(x, t, y)
         labels = torch.cat([y, torch.full_like(y, self.null_label)])  # (2B,)
-        out = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), labels).float()  # a scale of 7 magnifies rounding
+        out = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), labels).float()  # scale magnifies rounding errors
         cond, null = out.chunk(2)  # (B, F, C or 2C, H, W) each
-        eps_cond, variance = cond.tensor_split([x.shape[-3]], dim=-3)  # C and C or no channels
+        eps_cond, variance = cond.tensor_split([x.shape[-3]], dim=-3)  # C channels; C or 0 channels
         eps_null, _ = null.tensor_split([x.shape[-3]], dim=-3)
         return torch.cat([eps_null + self.scale * (eps_cond - eps_null), variance], dim=-3)

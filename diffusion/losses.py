@@ -1,4 +1,4 @@
-"""Training losses: mean squared error of the prediction, and the variational bound that trains the variance."""
+"""Training losses: mean squared error of the prediction, and the variational bound, which trains the variance."""
 
 import math
 from collections.abc import Callable
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the batch: (B, ...) -> (B,)."""
+    """Returns the mean over all dimensions but the first: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N1 || N2) of Gaussians, elementwise, in nats."""
+    """Returns KL(N1 || N2) of Gaussians, elementwise, in nats."""
     ratio = torch.exp(log_variance1 - log_variance2)
     return 0.5 * (log_variance2 - log_variance1 + ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2) - 1)
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """tanh approximation of the standard normal's distribution function, kept for equal losses with the original."""
+    """Returns the standard normal's distribution function, approximated with tanh as in the original's losses."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability of x in [-1, 1], in bins of 2/255, under a Gaussian; Ho et al. 2020, eq. 13, in nats."""
+    """Returns the log probability, in nats, of x in [-1, 1] in bins of 2/255; Ho et al. 2020, eq. 13."""
     upper = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
     lower = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
     upper = torch.where(x > 0.999, 1.0, upper)  # the outermost bins reach to infinity
@@ -37,9 +37,9 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 
 
 def variational_bound(diffusion: "Diffusion", output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """One term of the variational bound, in bits per dimension: (B, ...) -> (B,).
+    """Returns one term of the variational bound for each sample, (B,), in bits per dimension.
 
-    L_{t-1}, or L_0 where t = 0; Ho et al. 2020, eq. 5.
+    The term is L_{t-1}, or L_0 where t = 0; Ho et al. 2020, eq. 5.
     """
     mean, _, log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
     p = diffusion.interpret(output, x_t, t, clip_denoised=False)
@@ -56,11 +56,15 @@ def training_losses(
     model_kwargs: dict[str, Any] | None = None,
     noise: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Losses of a denoiser at timesteps t, per sample: x_start, noise (B, ..., C, H, W), t (B,) -> {name: (B,)}.
+    """Returns the losses of each sample, (B,) each: "mse", "vb" if the variance is learned, and "loss", their sum.
 
-    "mse" is that of the prediction target. With a learned variance there is "vb", the variational bound in bits per
-    dimension with the mean detached, so that it trains the variance alone (Nichol & Dhariwal 2021, section 3.1).
-    "loss" is their plain sum.
+    "mse" is the squared error of the prediction. "vb" is a term of the variational bound, in bits per dimension; its
+    mean is detached, so that it trains only the variance (Nichol & Dhariwal 2021, section 3.1).
+
+    Args:
+        x_start: (B, ..., C, H, W) data.
+        t: (B,) timesteps of this process.
+        noise: (B, ..., C, H, W); None: drawn from the global generator.
     """
     noise = torch.randn_like(x_start) if noise is None else noise
     x_t = diffusion.q_sample(x_start, t, noise)

@@ -1,6 +1,6 @@
-"""Sampling: one loop from noise to data, and one function per method that makes its step.
+"""Sampling: one loop from noise to data, and for each sampler a function that makes its step.
 
-A sampler knows a denoiser only as a callable. Nothing in the DDPM and DDIM loops waits for the device or copies to it.
+The denoiser is any callable. The DDPM and DDIM loops neither wait for the device nor copy to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from configs import UserError
+from configs import UserError, choice
 
 if TYPE_CHECKING:
     from diffusion import Diffusion
@@ -26,9 +26,9 @@ def randn_per_sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise of a shape (B, ...), sample i drawn from generators[i] whatever the batch around it.
+    """Returns standard normal noise of shape (B, ...); sample i is drawn from generators[i] alone.
 
-    None draws from the device's global generator, the same numbers as torch.randn_like.
+    None draws from the device's global generator, and gives the same numbers as torch.randn_like.
     """
     if generators is None:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -37,7 +37,7 @@ def randn_per_sample(
 
 
 def ddpm(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:
-    """Ancestral sampling, Ho et al. 2020, algorithm 2; also the last step draws, and multiplies by zero."""
+    """Returns the step of ancestral sampling, Ho et al. 2020, algorithm 2; the last step multiplies its draw by 0."""
 
     def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
         noise_scale = torch.exp(0.5 * p["log_variance"]) * (diffusion.at(t, x).sigma_prev > 0)
@@ -47,9 +47,9 @@ def ddpm(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.devic
 
 
 def ddim(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:
-    """Song et al. 2021, eq. 12: eta = 0 is deterministic and draws nothing, eta = 1 has the posterior's variance."""
+    """Returns DDIM's step, Song et al. 2021, eq. 12; eta = 0 draws no noise, eta = 1 has the posterior's variance."""
     if not 0 <= eta <= 1:
-        raise UserError(f"eta is {eta}: want a number from 0 (deterministic) to 1 (as random as DDPM)")
+        raise UserError(f"eta is {eta}; it must be from 0 (deterministic) to 1 (as random as DDPM)")
 
     def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
         c = diffusion.at(t, x)
@@ -61,26 +61,26 @@ def ddim(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.devic
 
 
 def multistep(name: str, diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:
-    """A second-order solver of diffusers, by class name, over our timesteps and noise levels; deterministic.
+    """Returns the step of a second-order, deterministic solver of diffusers, given by class name.
 
-    It is fed our estimate of x_0, so every kind of prediction, clipping and a learned variance mean here what they
-    mean to DDIM. UniPC solves a 2 x 2 system each step, and torch.linalg.solve waits for a GPU to report its success.
+    The solver gets our timesteps, noise levels and estimate of x_0, so prediction and clipping work as in DDIM.
+    UniPC solves a 2 x 2 system in each step; torch.linalg.solve waits for the GPU to report success.
     """
     import diffusers
 
     steps = diffusion.num_timesteps
     solver = getattr(diffusers, name)(num_train_timesteps=steps, prediction_type="sample", timestep_spacing="trailing")
-    solver.set_timesteps(steps)  # trailing: steps - 1 ... 0, every step of the respaced process
-    solver.set_begin_index(0)  # else the first step searches for its timestep
-    # All that the solvers read of a noise process. Made from fp32 betas these would be off where a beta is close to 1;
-    # left on the CPU UniPC would copy them at each step.
+    solver.set_timesteps(steps)  # trailing spacing gives steps - 1 ... 0, every step of the respaced process
+    solver.set_begin_index(0)  # otherwise the first step searches for its timestep
+    # The solvers read only the sigmas. Their own, from fp32 betas, are inexact where a beta is close to 1, and they are
+    # on the CPU, from which UniPC copies them at each step.
     sigmas = np.append(np.sqrt(1 / diffusion.alphas_cumprod - 1)[::-1], 0.0)
     solver.sigmas = torch.from_numpy(sigmas).float().to(device)
 
     def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
-        # Our lists end at timestep 0, a far larger step in log SNR than the one before it: a second-order step there
-        # extrapolates so far that with 20 steps the solvers fall behind DDIM (on Gaussian data, where the exact result
-        # is known). So it is first order.
+        # The step to timestep 0, the last but one, is first order. It changes the log SNR much more than the step
+        # before it. A second-order step would extrapolate so far that with 20 steps the solvers are worse than DDIM
+        # (on Gaussian data, where the exact result is known).
         if solver.step_index == steps - 2:
             solver.lower_order_nums = 0
         return solver.step(p["pred_xstart"], t, x).prev_sample
@@ -111,18 +111,22 @@ def sample_loop_progressive(
     *,
     method: str,
 ) -> Iterator[dict[str, Tensor]]:
-    """Sample from noise to data and yield {"sample", "pred_xstart"} after each step, (B, ..., C, H, W) in fp32.
+    """Samples from noise to data; yields {"sample", "pred_xstart"} after each step, (B, ..., C, H, W) in fp32.
 
-    model: called as model(x, t, **model_kwargs) with t (B,) the original timesteps, the last one first
-    noise: the starting point (B, ..., C, H, W); drawn when None
-    clip_denoised: clip the estimates of x_0 to [-1, 1]; right for pixels, wrong for latents
-    device: where to sample; None: where `noise` is, or torch's default device
-    eta: DDIM's randomness, 0 ... 1; the other methods have none to choose
-    generators: one per sample, on the sampling device, for every draw; None: the global generator
-    method: one of SAMPLERS, else UserError
+    Args:
+        model: called as model(x, t, **model_kwargs); t (B,) are original timesteps, the largest first.
+        shape: (B, ..., C, H, W).
+        noise: the starting point, of that shape; None: it is drawn.
+        clip_denoised: clip the estimates of x_0 to [-1, 1]; right for pixels, wrong for latents.
+        device: where to sample; None: where `noise` is, or torch's default device.
+        eta: DDIM's randomness, 0 ... 1; the other samplers ignore it.
+        generators: one per sample, on the sampling device, for every draw; None: the global generator.
+        method: a key of SAMPLERS.
+
+    Raises:
+        UserError: `method` is unknown, or `eta` is outside 0 ... 1.
     """
-    if method not in SAMPLERS:
-        raise UserError(f'unknown sample_method "{method}"; valid are {", ".join(SAMPLERS)}')
+    choice("sample_method", method, SAMPLERS)
     x = randn_per_sample(shape, generators, device) if noise is None else noise.to(device, torch.float32)
     step = SAMPLERS[method](diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
     diffusion.tables(x.device)  # copied now, not in the loop
@@ -134,7 +138,7 @@ def sample_loop_progressive(
 
 
 def sample_loop(diffusion: "Diffusion", *args: Any, **kwargs: Any) -> Tensor:
-    """The finished samples (B, ..., C, H, W) of sample_loop_progressive, which says what the arguments are."""
+    """Returns the last sample, (B, ..., C, H, W), of `sample_loop_progressive`, which explains the arguments."""
     for out in sample_loop_progressive(diffusion, *args, **kwargs):
         sample = out["sample"]
     return sample

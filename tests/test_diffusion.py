@@ -87,10 +87,10 @@ def test_respacing():
         ("ddim10,20", "ddim"),
         ("1001", "only 1000"),
         ("400,20,30", "400 steps where there are only 334"),
-        ("fifty", 'want "50"'),
-        ("-5", 'want "50"'),
-        (0, 'want "50"'),
-        ("10,,20", 'want "50"'),
+        ("fifty", 'valid forms: "50"'),
+        ("-5", 'valid forms: "50"'),
+        (0, 'valid forms: "50"'),
+        ("10,,20", 'valid forms: "50"'),
     ],
 )
 def test_impossible_respacing_is_one_line(respacing, message):
@@ -556,7 +556,7 @@ def test_progress_bar_names_the_method(capsys):
 
 
 def test_unknown_method_lists_the_samplers():
-    with pytest.raises(UserError, match=r'"euler"; valid are ddpm, ddim, dpmsolver\+\+, unipc$'):
+    with pytest.raises(UserError, match=r"'euler' is unknown; valid: ddpm, ddim, dpmsolver\+\+, unipc$"):
         fixed().sample_loop(GaussianDenoiser(), SHAPE, method="euler")
 
 
