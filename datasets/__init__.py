@@ -1,4 +1,7 @@
-"""The table of training sources, and the names of their classes. (Shadows Hugging Face's package: never installed.)"""
+"""The training sets, and the names of their classes.
+
+This package has the name of Hugging Face's `datasets`, so it is never installed into site-packages.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -10,13 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from configs import UserError, choice, require_path
-from datasets.clips import (
-    ClipDataset,
-    Prepare,
-    class_folders,
-    find_frame_folders,
-    find_videos,
-)
+from datasets.clips import ClipDataset, Prepare, class_folders, find_frame_folders, find_videos
 from datasets.joint import WithStills, read_frame_list
 from datasets.latents import check_latents, find_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
@@ -29,11 +26,11 @@ __all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "g
 
 @dataclass(frozen=True)
 class Source:
-    """How a data set is laid out and augmented."""
+    """The layout and the augmentation of a data set."""
 
-    files: str  # "video": files of one video each; "frames": folders of images, one video each; "latents": of either
-    has_classes: bool  # data_path holds a folder for each class
-    flip: bool  # mirrored half of the time
+    files: str  # a clip's source: "video": a video file; "frames": a folder of images; "latents": a file of latents
+    has_classes: bool  # whether data_path may hold a folder for each class
+    flip: bool  # whether half of the clips are mirrored
 
 
 SOURCES = {
@@ -41,20 +38,24 @@ SOURCES = {
     "ffs": Source(files="video", has_classes=False, flip=True),
     "taichi": Source(files="frames", has_classes=False, flip=True),
     "sky": Source(files="frames", has_classes=False, flip=False),
-    "video_folder": Source(files="video", has_classes=True, flip=False),  # your own: nobody knows if mirroring is right
+    "video_folder": Source(files="video", has_classes=True, flip=False),  # user data, which may not allow mirroring
     "frame_folder": Source(files="frames", has_classes=True, flip=False),
 }
-SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with use_image_num stills
+SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with stills
 
 
 def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
-    """The training set that `args` describes: configs.DataOptions, num_frames, image_size, num_classes, global_seed.
+    """Returns the training set that `args` describes: a ClipDataset, or WithStills if `use_image_num` > 0.
 
-    Items are those of ClipDataset; with `use_image_num` > 0, of WithStills. Pixels are bytes, a quarter of the traffic
-    between processes and to the GPU; `LatentCodec` scales them.
+    Pixels are uint8, a quarter of the traffic of fp32 between processes and to the GPU; `LatentCodec` scales them.
+
+    Args:
+        args: has configs.DataOptions, num_frames, image_size, num_classes and global_seed.
+        prepare: turns the frames read into those of an item.
 
     Raises:
-        UserError: an unknown dataset or reader, no clips at data_path, classes that do not agree with num_classes.
+        UserError: the dataset or the reader is unknown, data_path holds no clips, or num_classes is not the number of
+            class folders.
     """
     source = SOURCES[choice("dataset", args.dataset, sorted(SOURCES))]
     choice("video_reader", args.video_reader, READERS)
@@ -95,7 +96,10 @@ def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
 
 
 def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], list[int]]:
-    """Every clip under `root` and its label, the place of its class folder in sorted order; 0 without classes."""
+    """Returns the path and the label of every clip under `root`.
+
+    A label is the position of the class folder in sorted order, or 0 without classes.
+    """
     find = {"video": find_videos, "frames": find_frame_folders, "latents": find_latents}[source.files]
     if args.num_classes is None:
         paths = find(root)
@@ -117,7 +121,7 @@ def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], 
 
 
 def class_names(args: Any) -> list[str] | None:
-    """The classes' names by label: data_path's class folders, or UCF101's list; None where neither fits num_classes."""
+    """Returns the class names by label, from data_path's class folders or UCF101's list; None if neither fits."""
     if args.num_classes and args.data_path and Path(args.data_path).is_dir():
         names = class_folders(Path(args.data_path))
         if len(names) == args.num_classes:
@@ -128,10 +132,10 @@ def class_names(args: Any) -> list[str] | None:
 
 
 def class_index(wanted: str | int, names: Sequence[str] | None, num_classes: int) -> int:
-    """The label of a class given by its index or, in any case of letters, by its name.
+    """Returns the label of a class that is given by its index or its name (upper or lower case).
 
     Raises:
-        UserError: there is no such class; the message gives the nearest names.
+        UserError: there is no such class; the error suggests the nearest names.
     """
     wanted = str(wanted)
     if wanted.isdecimal():

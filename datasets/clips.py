@@ -1,6 +1,6 @@
-"""Clips from video files and from folders of frames: finding them, choosing their frames, the data set.
+"""Clips from video files, frame folders or latents: finding the files, choosing frames, and the data set.
 
-A source of clips is a list of paths and a reader (datasets/readers.py).
+A data set is a list of paths, one per video, and a reader (datasets/readers.py) that returns chosen frames of a path.
 """
 
 import os
@@ -16,9 +16,9 @@ from configs.errors import UserError
 from datasets.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadClip, Read, has_suffix
 from datasets.transforms import square
 
-MAX_TRIES = 100  # clips drawn in place of unusable ones before a read gives up
+MAX_TRIES = 100  # unusable files in a row before `read_usable` gives up
 
-Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # frames as read, image_size, flip -> what the item holds
+Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # (frames read, image_size, flip) -> an item's frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,24 +27,25 @@ Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # frames as read, i
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, sorted by Python; a class's label is its place in this list."""
+    """Returns the sorted names of the folders in `root`; a class's label is its index in this list."""
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def find_videos(root: Path) -> list[Path]:
-    """Every video file under `root`, at any depth, sorted."""
+    """Returns every video file under `root`, at any depth, sorted."""
     return [folder / name for folder, names in _walk(root, VIDEO_SUFFIXES) for name in sorted(names)]
 
 
 def find_frame_folders(root: Path) -> list[Path]:
-    """Every folder under `root` (or `root` itself) that holds images, sorted: each one is a video."""
+    """Returns every folder under `root` (`root` included) that holds images, sorted; each folder is one video."""
     return [folder for folder, _ in _walk(root, IMAGE_SUFFIXES)]
 
 
 def _walk(root: Path, suffixes: set[str]) -> list[tuple[Path, list[str]]]:
+    """Returns the folders under `root` that hold files with one of `suffixes`, sorted, and the names of the files."""
     found = []
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that stay
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that remain
         names = [name for name in names if has_suffix(name, suffixes)]
         if names:
             found.append((Path(folder), names))
@@ -57,10 +58,13 @@ def _walk(root: Path, suffixes: set[str]) -> list[tuple[Path, list[str]]]:
 
 
 def temporal_crop(total: int, num_frames: int, frame_interval: int, rng: np.random.Generator) -> list[int]:
-    """Indices of the frames of a clip: a random window at the exact stride, or the whole of a video shorter than that.
+    """Returns the indices of a clip's frames in a video of `total` frames.
+
+    They are `frame_interval` apart and start at random. In a video too short for that, they are spread evenly from the
+    first frame to the last.
 
     Raises:
-        BadClip: there are fewer than `num_frames` frames.
+        BadClip: the video has fewer than `num_frames` frames.
     """
     if total < num_frames:
         raise BadClip(f"{total} frames, {num_frames} needed")
@@ -68,16 +72,19 @@ def temporal_crop(total: int, num_frames: int, frame_interval: int, rng: np.rand
     if total >= span:
         begin = int(rng.integers(total - span + 1))
         return list(range(begin, begin + span, frame_interval))
-    return [i * (total - 1) // max(num_frames - 1, 1) for i in range(num_frames)]  # spread evenly, first to last
+    return [i * (total - 1) // max(num_frames - 1, 1) for i in range(num_frames)]
 
 
 def read_usable(
     paths: Sequence[Path], index: int, read: Callable[[Path], torch.Tensor], rng: np.random.Generator
 ) -> tuple[torch.Tensor, int, list[str]]:
-    """`read(paths[index])`, or of random others in place of a bad one -> (frames, its index, what was skipped and why).
+    """Reads `paths[index]`, or a random other path in place of an unusable one.
+
+    Returns:
+        The frames, the index of the path they come from, and a line (path and reason) for each unusable path.
 
     Raises:
-        UserError: `MAX_TRIES` in a row are bad.
+        UserError: `MAX_TRIES` paths in a row are unusable.
     """
     skipped: list[str] = []
     while len(skipped) < MAX_TRIES:
@@ -90,7 +97,7 @@ def read_usable(
 
 
 def summary(skipped: Sequence[str], shown: int = 10) -> str:
-    """The skipped files in one line, each once."""
+    """Returns up to `shown` of the skipped files in one line, each of them once, and the number of the others."""
     names = list(dict.fromkeys(skipped))
     return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
 
@@ -101,10 +108,13 @@ def summary(skipped: Sequence[str], shown: int = 10) -> str:
 
 
 class ClipDataset(Dataset):
-    """Clips as training items; `dataset[epoch, index]` (or `dataset[index]`, epoch 0) always gives the same item.
+    """Clips as training items. `dataset[epoch, index]` always returns the same item; `dataset[index]` is epoch 0.
 
-    An item is dict(video (F, 3, S, S) uint8, label int (0 without classes), name str: the file or folder,
-    skipped list[str]: the unusable clips in whose place this one was drawn, each with its reason).
+    An item is a dict:
+        video: (F, 3, S, S) uint8, or the moments of latents.
+        label: int; 0 without classes.
+        name: the path of the video.
+        skipped: list of str, the unusable videos that this one replaces, with the reasons.
     """
 
     def __init__(
@@ -135,7 +145,11 @@ class ClipDataset(Dataset):
     def draw(
         self, index: int, num_frames: int, frame_interval: int, rng: np.random.Generator
     ) -> tuple[torch.Tensor, int, list[str]]:
-        """A random cut of clip `index` -> ((num_frames, 3, S, S), the index of the clip used, what was skipped)."""
+        """Returns `num_frames` frames of video `index` from a random start, or of another video if it is unusable.
+
+        Returns:
+            The frames (num_frames, 3, S, S), the index of the video used, and the unusable videos.
+        """
 
         def read(path: Path) -> torch.Tensor:
             return self.read(path, lambda total: temporal_crop(total, num_frames, frame_interval, rng))

@@ -1,4 +1,4 @@
-"""Clips with still images behind their frames, for joint image-video training."""
+"""Clips followed by still images, for joint image-video training."""
 
 import re
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ from datasets.readers import read_image
 
 
 class WithStills(Dataset):
-    """Items of `clips` with `num_stills` random images: video (F+K, 3, S, S), stills last; image_labels (K,) int64.
+    """The items of `clips`, with K = `num_stills` random images after the frames of each.
 
-    The images are those of a list (`paths` and `labels`, see `read_frame_list`), or single frames of any of the clips.
+    The images come from a list (`paths` and `labels`, see `read_frame_list`), or else are frames of random clips.
+    An item is that of ClipDataset with video (F+K, 3, S, S), and has image_labels (K,) int64 as well.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class WithStills(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         item = self.clips[key]
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        rng = np.random.default_rng((self.clips.seed, epoch, index, 1))  # 1: not the clip's own numbers
+        rng = np.random.default_rng((self.clips.seed, epoch, index, 1))  # 1: not the stream of the clip
         stills, labels, skipped = zip(*(self._draw(rng) for _ in range(self.num_stills)), strict=True)
         return item | {
             "video": torch.cat([item["video"], *stills]),  # (F+K, 3, S, S)
@@ -44,7 +45,7 @@ class WithStills(Dataset):
         }
 
     def _draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, int, list[str]]:
-        """((1, 3, S, S), its label, what was skipped)"""
+        """Returns a random image (1, 3, S, S), its label, and the unusable files."""
         if self.paths is None:
             still, index, skipped = self.clips.draw(int(rng.integers(len(self.clips))), 1, 1, rng)
             return still, self.clips.labels[index], skipped
@@ -54,18 +55,18 @@ class WithStills(Dataset):
 
 
 def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tuple[list[Path], list[int]]:
-    """The images that a list file names, a line each, relative to `root`, and their labels (0 without classes).
+    """Returns the images in a list file, a path relative to `root` per line, and their labels (0 without classes).
 
-    An image's class is the first piece of its line that is a class's name, in any case of letters: the folder in
-    `Archery/v_Archery_g01_c01/000000.jpg`, the second word of `v_HandStandPushups_g01_c01/000000.jpg`.
+    The first part of a line that is the name of a class (upper or lower case) gives the label: the folder in
+    `Archery/v_Archery_g01_c01/000000.jpg`, the second word in `v_HandStandPushups_g01_c01/000000.jpg`.
 
     Raises:
-        UserError: the list is empty or a line names no class.
+        UserError: the list is empty, or a line contains no class.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UserError(f"frame_data_txt: {path} is no text in UTF-8") from None
+        raise UserError(f"frame_data_txt: {path} is not UTF-8 text") from None
     if not lines:
         raise UserError(f"frame_data_txt: {path} names no images")
     if classes is None:

@@ -1,4 +1,4 @@
-"""Batches of clips for a training loop, and the count of clips that could not be used."""
+"""Batches of clips for a training loop, and a limit on the share of unusable files."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +11,35 @@ from configs import UserError
 from datasets.clips import summary
 from datasets.sampler import ClipSampler
 
-MIN_JUDGED = 1000  # files drawn before the bad share of a large data set is judged; a small one: after one pass
+MIN_JUDGED = 1000  # files drawn before max_bad_fraction applies (or one epoch of a smaller data set)
 
 logger = logging.getLogger(__name__)
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the batch of items: video (B, F+K, 3, S, S), label (B,), name, skipped, [image_labels (B, K)]."""
+    batch = {
+        "video": torch.stack([item["video"] for item in items]),
+        "label": torch.tensor([item["label"] for item in items]),
+        "name": [item["name"] for item in items],
+        "skipped": [file for item in items for file in item["skipped"]],
+    }
+    if "image_labels" in items[0]:
+        batch["image_labels"] = torch.stack([item["image_labels"] for item in items])
+    return batch
+
+
+class _Batches(Dataset):
+    """Maps lists of keys to batches, or to the UserError raised: a worker would add its traceback to an exception."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> dict[str, Any] | UserError:
+        try:
+            return collate([self.dataset[key] for key in keys])
+        except UserError as error:
+            return error
 
 
 def load_batches(
@@ -24,17 +50,22 @@ def load_batches(
     say: Callable[[str], object] = logger.warning,
     **loader_options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Endless batches of `dataset` in the order of `sampler`, see `collate`; `say` names each unusable file once.
+    """Yields batches (see `collate`) of `dataset` in the order of `sampler`, without end.
+
+    Args:
+        max_bad_fraction: the largest share of unusable files among those drawn.
+        say: called with a message for each unusable file, once.
+        loader_options: for the DataLoader.
 
     Raises:
-        UserError: more than `max_bad_fraction` of the files drawn cannot be used; the message names them.
+        UserError: the share of unusable files is larger; the error names them.
     """
     loader = DataLoader(
         _Batches(dataset),
         sampler=sampler,
         batch_size=None,  # the sampler's keys are whole batches
         num_workers=num_workers,
-        generator=torch.Generator(),  # its seed for the workers must not come from the training's generator
+        generator=torch.Generator(),  # otherwise seeding the workers would advance the training's generator
         **loader_options,
     )
     drawn, bad, named = 0, 0, {}
@@ -54,29 +85,3 @@ def load_batches(
                 f"{summary(list(named))}"
             )
         yield batch
-
-
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items -> dict(video (B, F+K, 3, S, S), label (B,), [image_labels (B, K)], name and skipped lists of str)."""
-    batch = {
-        "video": torch.stack([item["video"] for item in items]),
-        "label": torch.tensor([item["label"] for item in items]),
-        "name": [item["name"] for item in items],
-        "skipped": [file for item in items for file in item["skipped"]],
-    }
-    if "image_labels" in items[0]:
-        batch["image_labels"] = torch.stack([item["image_labels"] for item in items])
-    return batch
-
-
-class _Batches(Dataset):
-    """Lists of keys -> batches. A UserError is handed over as data: a worker would wrap it in its traceback."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, keys: list[tuple[int, int]]) -> dict[str, Any] | UserError:
-        try:
-            return collate([self.dataset[key] for key in keys])
-        except UserError as error:
-            return error

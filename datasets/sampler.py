@@ -1,4 +1,4 @@
-"""The order of the data: endless, keyed by (seed, epoch), the same at any number of ranks and from any position."""
+"""The order of the training data. It depends only on the seed, not on the number of ranks or on interruptions."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -8,11 +8,11 @@ from torch.utils.data import Sampler
 
 
 class ClipSampler(Sampler[list[tuple[int, int]]]):
-    """A rank's batches of keys (epoch, index), for ever; a DataLoader's `batch_sampler`.
+    """Yields one rank's batches of keys (epoch, index), without end.
 
-    Sample number n of the whole run is entry n % dataset_size of the permutation of epoch n // dataset_size, so epochs
-    follow each other without a gap, within a batch if need be. A step takes the next `global_batch_size` numbers, of
-    which rank r has the r-th contiguous share. `start` is the number of samples that all ranks have consumed so far.
+    Sample n of a run is entry n % dataset_size of the permutation of epoch n // dataset_size, so a batch may contain
+    the end of one epoch and the start of the next. A step takes the next `global_batch_size` samples; rank r gets the
+    r-th contiguous part of them. `start` is the number of samples that all ranks together have taken before.
     """
 
     def __init__(
@@ -36,5 +36,5 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         first = self.start + self.rank * self.local_batch_size
         while True:
             numbers = (divmod(n, self.dataset_size) for n in range(first, first + self.local_batch_size))
-            yield [(epoch, int(permutation(epoch)[place])) for epoch, place in numbers]
+            yield [(epoch, int(permutation(epoch)[entry])) for epoch, entry in numbers]
             first += self.global_batch_size

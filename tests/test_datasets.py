@@ -329,7 +329,7 @@ def test_every_data_set_reads_its_layout_and_skips_broken_files(name, request):
         assert reasons.keys() == {"bad_truncated.mp4", "bad_empty.mp4", "bad_text.avi", "bad_text.mp4"}
     else:
         assert reasons.keys() == {"bad_truncated", "bad_empty", "bad_text"}
-    assert all(("does not decode" if files == "video" else "is no image") in reason for reason in reasons.values())
+    assert all(("does not decode" if files == "video" else "is not an image") in reason for reason in reasons.values())
 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
@@ -518,7 +518,7 @@ def test_a_list_line_without_a_class_is_named(video_tree, tmp_path):
 
 def test_a_list_that_is_no_utf8_is_one_line(video_tree, tmp_path):
     (tmp_path / "list.txt").write_bytes("Bär/1.jpg\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"frame_data_txt: .*list.txt is no text in UTF-8"):
+    with pytest.raises(UserError, match=r"frame_data_txt: .*list.txt is not UTF-8 text"):
         get_dataset(options("ffs", video_tree, use_image_num=1, frame_data_txt=str(tmp_path / "list.txt")))
 
 
