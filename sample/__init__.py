@@ -1,4 +1,4 @@
-"""Sampling: from a checkpoint, seeds and labels to folders of clips."""
+"""Sampling: clips from a checkpoint, seeds and labels, and the folders that hold them."""
 
-SAMPLE_RECORD = "sample.json"  # of sample.py: a folder for each plan lies beside it
-DDP_RECORD = "sample_ddp.json"  # of sample_ddp.py: its clips lie beside it
+SAMPLE_RECORD = "sample.json"  # written by sample.py, beside a folder of clips for each plan
+DDP_RECORD = "sample_ddp.json"  # written by sample_ddp.py, beside the clips

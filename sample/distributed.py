@@ -1,4 +1,4 @@
-"""One process alone, or one of many under torchrun: `with distributed() as env: ...`."""
+"""The process group of torchrun, or a single process without it: `with distributed() as env: ...`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Environment:
-    """This process among the others, and the device it works on."""
+    """The rank and the device of this process, and communication with the others."""
 
     rank: int
     world_size: int
@@ -28,19 +28,19 @@ class Environment:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits for every process."""
+        """Waits until every process is here."""
         if self.world_size > 1:
             dist.barrier()
 
     def gather(self, items: list[T]) -> list[T]:
-        """The items of all processes, on each."""
+        """Returns the items of all processes, in the order of their ranks, on every process."""
         shares: list[Any] = [items] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(shares, items)
         return [item for share in shares for item in share]
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the first process, on every process; a `UserError` there is one everywhere."""
+        """Calls `function` on the first process; returns its result, or raises its `UserError`, on every process."""
         result: list[Any] = [None]
         if self.is_main:
             try:
@@ -56,20 +56,19 @@ class Environment:
 
 @contextmanager
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environment]:
-    """Joins the process group that torchrun started (nccl on CUDA, gloo on a CPU), or stands alone without one.
+    """Joins the process group of torchrun, if there is one: nccl on CUDA, gloo on a CPU.
 
-    A process that raises leaves at once: it neither waits for the others nor takes the group apart with them, so
-    torchrun sees it die and ends the rest.
+    If the block raises, the process ends without waiting for the others; torchrun then ends them.
 
     Args:
-        timeout: how long a process waits for another before it gives up.
+        timeout: how long a process waits for the others before it raises.
     """
     world_size, device = cli.world_size(), local_device()
     if world_size > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
-    environment = Environment(cli.rank(), world_size, device)
-    yield environment
-    environment.barrier()
+    env = Environment(cli.rank(), world_size, device)
+    yield env
+    env.barrier()
     if world_size > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A folder of samples: the names and labels of its clips, its record, and what is missing from it."""
+"""Folders of samples: file names, labels, the record of a run, and the clips that are missing."""
 
 import json
 import platform
@@ -19,9 +19,9 @@ from models.hardware import describe_machine
 from sample import DDP_RECORD, SAMPLE_RECORD
 from sample.plans import Plan
 
-SUMMARIES = ("grid.mp4", "grid.gif", "compare.mp4")  # videos of many clips, which sample.py writes beside them
-INCIDENTAL = {  # options that change no clip
-    "ckpt", "pretrained_model_path", "vae",  # their hashes are compared
+SUMMARIES = ("grid.mp4", "grid.gif", "compare.mp4")  # videos of many clips, which sample.py also writes
+INCIDENTAL = {  # options that two runs with the same clips may set differently
+    "ckpt", "pretrained_model_path", "vae",  # the hashes of the files are compared
     "save_video_path", "num_fvd_samples", "per_proc_batch_size", "vae_chunk_frames", "attention_mode", "use_compile",
     "use_fp16",  # resolved into precision
     "dataset", "data_path", "sample_names", "samples_per_class",
@@ -29,12 +29,12 @@ INCIDENTAL = {  # options that change no clip
 
 
 def video_path(folder: Path, seed: int, class_name: str = "") -> Path:
-    """The file of a clip: `{seed}.mp4`, or `{seed}_{class}.mp4`."""
+    """Returns the path of a clip: `{seed}.mp4`, or `{seed}_{class}.mp4`."""
     return folder / (f"{seed:06d}" + (f"_{class_name}" if class_name else "") + ".mp4")
 
 
 def labels_of(seeds: Sequence[int], cfg: SampleConfig) -> list[int] | None:
-    """The classes of the clips of sample_ddp.py. A clip's class follows from its seed alone; None without classes."""
+    """Returns the classes of sample_ddp.py's clips, each a function of the seed alone; None without classes."""
     if cfg.num_classes is None:
         return None
     if cfg.labels == "balanced":
@@ -43,34 +43,32 @@ def labels_of(seeds: Sequence[int], cfg: SampleConfig) -> list[int] | None:
 
 
 def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
-    """The beginning of the JSON record of every run: enough to repeat the run and to judge its numbers."""
+    """Returns the part of a JSON record that all runs have: options, hashes of the weights, machine and versions."""
     return {
         "config": asdict(cfg),
         "vae": {"path": str(vae_file(cfg).parent), "sha256": file_hash(vae_file(cfg))},
         "checkpoint": {"path": cfg.ckpt, "sha256": file_hash(require_path(cfg, "ckpt"))},
         "machine": describe_machine(device),
-        "device": device.type,  # CUDA draws other noise than a CPU
+        "device": device.type,  # a seed draws other noise on CUDA than on a CPU
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},
     }
 
 
 def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings that two runs share if a seed is the same clip in both; `record` is that of `make_record`."""
+    """Returns the settings in a record (see `make_record`) that determine the clip of a seed."""
     config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
-    hashes = {
-        key: record[key]["sha256"][:12] for key in ("checkpoint", "vae") if key in record
-    }  # early ones had no vae
+    hashes = {key: record[key]["sha256"][:12] for key in ("checkpoint", "vae")}
     return config | hashes | {"device": record["device"]}
 
 
 def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, device: torch.device) -> list[int]:
-    """Writes the record of a new folder of sample_ddp.py, or checks the one that is there.
+    """Writes the record of a folder of sample_ddp.py, or checks the record of an earlier run.
 
     Returns:
         The seeds whose clips are missing.
 
     Raises:
-        UserError: the folder holds clips of other settings.
+        UserError: the folder holds clips made with other settings.
     """
     path, seeds = folder / DDP_RECORD, range(cfg.seed, cfg.seed + cfg.num_fvd_samples)
     record = make_record(cfg, device) | {"plan": plan.record(), "labels": labels_of(seeds, cfg), "runs": []}
@@ -79,20 +77,20 @@ def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, device: torch.devic
         check_same_settings(clip_settings(earlier), clip_settings(record), "save_video_path", folder)
         record["runs"] = earlier["runs"]
         if cfg.num_fvd_samples < earlier["config"]["num_fvd_samples"]:
-            record = earlier  # it describes more clips than are asked for now
+            record = earlier  # keep it: it describes more clips than this run asks for
     elif any(folder.glob("[0-9]*.mp4")):
         raise UserError(f"{folder} holds videos of unknown settings (no {DDP_RECORD}): choose another save_video_path")
-    for leftover in folder.glob("*.tmp*"):  # of a killed process
+    for leftover in folder.glob("*.tmp*"):  # incomplete files of a killed process
         leftover.unlink()
     write_json(path, record)
     return [seed for seed in seeds if not video_path(folder, seed).exists()]
 
 
 def clips_of_one_plan(videos: list[Path], root: Path, key: str) -> list[Path]:
-    """Those of `videos` below `root` that are single clips of one plan.
+    """Returns the single clips among `videos`, the video files below `root`.
 
     Args:
-        key: the option that gives `root`, for the error.
+        key: the option that holds `root`, named in the error.
 
     Raises:
         UserError: `root` holds clips of several plans.
@@ -107,10 +105,10 @@ def clips_of_one_plan(videos: list[Path], root: Path, key: str) -> list[Path]:
 
 
 def labelled_clips(folder: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The clips in a folder that sample_ddp.py wrote, or in a plan's folder of sample.py, and their labels.
+    """Returns the clips in a folder of sample_ddp.py, or in one plan's folder of sample.py, and their labels.
 
     Raises:
-        UserError: there are no clips, or a clip has none of `class_names`.
+        UserError: there are no clips, or the class of a clip is not in `class_names`.
     """
     files = sorted(folder.glob("[0-9]*.mp4"))
     if (folder / DDP_RECORD).exists():

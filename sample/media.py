@@ -1,4 +1,4 @@
-"""Videos (F, 3, H, W), and batches (B, F, 3, H, W), in [-1, 1], to mp4, gif and PNG files that appear atomically."""
+"""Writing videos as mp4, gif and PNG files, atomically. A video is (F, 3, H, W) in [-1, 1], a batch (B, F, 3, H, W)."""
 
 import math
 import subprocess
@@ -17,13 +17,13 @@ from configs.files import atomic_path
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """(..., 3, H, W) in [-1, 1] -> (..., H, W, 3) in 0 ... 255, rounded."""
+    """Returns rounded pixels: (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) in 0 ... 255."""
     pixels = ((video.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(-3, -1).cpu().numpy()
 
 
 def save_video(path: str | Path, video: Tensor, fps: float) -> None:
-    """Writes (F, 3, H, W) as .mp4 (H.264, yuv420p, which every player reads) or .gif, as the path's suffix says."""
+    """Writes a video (F, 3, H, W) as .mp4 (H.264, yuv420p, which every player reads) or as .gif."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".mp4", ".gif"):
         raise UserError(f"{path}: a video's suffix is .mp4 or .gif")
@@ -36,14 +36,14 @@ def save_video(path: str | Path, video: Tensor, fps: float) -> None:
 
 
 def save_grid(path: str | Path, videos: Tensor, fps: float, columns: int | None = None, scale: int = 1) -> None:
-    """Writes (B, F, 3, H, W) as one .mp4 or .gif in which all play side by side.
+    """Writes (B, F, 3, H, W) as one .mp4 or .gif that shows all videos side by side.
 
     Args:
-        columns: videos in a row; None: about as many as rows.
-        scale: whole number by which small videos are enlarged.
+        columns: videos per row; None: about as many as there are rows.
+        scale: a whole number by which videos are enlarged.
     """
     columns = columns or math.ceil(math.sqrt(len(videos)))
-    padded = F.pad(videos, (0, 0) * 4 + (0, -len(videos) % columns), value=-1)  # (R*K, F, 3, H, W), black at the end
+    padded = F.pad(videos, (0, 0) * 4 + (0, -len(videos) % columns), value=-1)  # (R*K, F, 3, H, W), the last ones black
     rows = padded.unflatten(0, (-1, columns))  # (R, K, F, 3, H, W)
     grid = rows.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)  # (F, 3, R*H, K*W)
     save_video(path, _enlarge(grid, scale), fps)
@@ -52,7 +52,7 @@ def save_grid(path: str | Path, videos: Tensor, fps: float, columns: int | None 
 def save_contact_sheet(
     path: str | Path, videos: Tensor, labels: Sequence[str], columns: int = 8, scale: int = 1
 ) -> None:
-    """Writes a PNG with a row for each of (B, F, 3, H, W): its label, then `columns` evenly spaced frames."""
+    """Writes a PNG with a row for each video of (B, F, 3, H, W): its label and `columns` evenly spaced frames."""
     num_frames = videos.shape[1]
     chosen = torch.linspace(0, num_frames - 1, min(columns, num_frames)).round().long()
     frames = to_uint8(_enlarge(videos[:, chosen], scale))  # (B, K, H, W, 3)
@@ -70,16 +70,16 @@ def save_contact_sheet(
 
 
 def _write_mp4(path: Path, video: Tensor, fps: float) -> None:
-    # Two by two pixels share their colour in yuv420p: an odd last row or column is repeated.
+    # In yuv420p, 2 x 2 pixels share a colour. So an odd last row or column is repeated.
     video = F.pad(video, (0, video.shape[-1] % 2, 0, video.shape[-2] % 2), mode="replicate")
     frames = to_uint8(video)  # (F, H, W, 3)
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
     target = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4", str(path)]
-    # Not imageio-ffmpeg's writer: it passes over an encoder that fails at the end, on a full disk for one.
+    # imageio-ffmpeg's writer ignores an encoder that fails at the end, for example on a full disk.
     subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *source, *target], input=frames.tobytes(), check=True)
 
 
 def _enlarge(video: Tensor, scale: int) -> Tensor:
-    """(..., H, W) -> (..., scale * H, scale * W), each pixel a square."""
+    """Returns (..., scale * H, scale * W): each pixel becomes a square of scale x scale pixels."""
     return video.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

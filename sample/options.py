@@ -1,4 +1,4 @@
-"""The command line of the programs that sample. Importing this is quick: torch is imported once options are read."""
+"""The command line of the programs that sample. Only its functions import torch, so that --help is quick."""
 
 import argparse
 from collections.abc import Callable
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from sample.plans import Plan
 
 DEMO = str(ROOT / "configs/demo/demo_sample.yaml")
-FLAGS = ("ckpt", "save_video_path", "sample_method", "num_sampling_steps", "seed")  # --key VALUE is key=VALUE
+FLAGS = ("ckpt", "save_video_path", "sample_method", "num_sampling_steps", "seed")  # --key VALUE means key=VALUE
 PLAN_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"
 
 
 def make_parser(doc: str) -> Parser:
-    """The flags of sample.py and sample_ddp.py."""
+    """Returns a parser with the flags of sample.py and sample_ddp.py."""
     parser = Parser(doc, SampleConfig, config=DEMO)
     for key in FLAGS:
         parser.add_argument(f"--{key}", help=f"the same as {key}=")
@@ -30,12 +30,12 @@ def make_parser(doc: str) -> Parser:
 
 
 def add_cache_flag(parser: Parser) -> None:
-    """Adds --cache, which takes plans."""
-    parser.add_argument("--cache", nargs="+", default=[], metavar="PLAN", help=f"{PLAN_FORM}, as N2-900-50")
+    """Adds the flag --cache, which takes plans."""
+    parser.add_argument("--cache", nargs="+", default=[], metavar="PLAN", help=f"{PLAN_FORM}, such as N2-900-50")
 
 
 def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[SampleConfig, list[Plan]]":
-    """The resolved options, and the plans: those of --cache, or else the options' own."""
+    """Returns the resolved options, and the plans of --cache, or else the plan of the options."""
     from sample.pipeline import resolve
     from sample.plans import make_plan, parse_plan
 
@@ -50,7 +50,7 @@ def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[Sam
 
 
 def file_checks(cfg: SampleConfig) -> list[Callable[[], object]]:
-    """For `cli.dry_run`: each raises UserError if a file that sampling reads is missing."""
+    """Returns checks for `cli.dry_run`. Each raises UserError if a file that sampling reads is missing."""
     from models.autoencoder import vae_file
 
     return [lambda: require_path(cfg, "ckpt"), lambda: vae_file(cfg)]

@@ -1,4 +1,4 @@
-"""From seeds and labels to videos: what sample.py, sample_ddp.py and the tools that sample share.
+"""The sampling pipeline: `generate` makes videos from seeds and labels.
 
     cfg = resolve(load_config(SampleConfig, "configs/demo/demo_sample.yaml"), device)
     pipe = load(cfg, device)
@@ -27,84 +27,46 @@ from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
 from sample.plans import Plan, make_plan
 
 
+def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
+    """Returns the options with the values filled in that depend on the device or on other options.
+
+    Raises:
+        UserError: options contradict each other. The weights are not read for this.
+    """
+    check_options(cfg)
+    model = meta_model(cfg)
+    if cfg.cfg_scale != 1 and (model.num_classes is None or not cfg.class_dropout_prob):
+        lacks = "classes" if model.num_classes is None else "null label (class_dropout_prob is 0)"
+        raise UserError(f"cfg_scale: {cfg.cfg_scale} asks for guidance, but this model has no {lacks}; use cfg_scale=1")
+    precision = choose_precision(cfg.precision, cfg.use_fp16, device)
+    automatic = fastest_attention(device, DTYPES[precision])
+    cfg = replace(
+        cfg,
+        num_classes=model.num_classes,
+        precision=precision,
+        attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
+    )
+    return replace(cfg, cache=make_plan(cfg).cache)
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """All that runs share, loaded once. A run leaves nothing in it, however it ends."""
+    """The model, the VAE and the noise process, loaded once for many runs. A run does not change them."""
 
     cfg: SampleConfig  # resolved
     model: Latte
     codec: LatentCodec
     diffusion: Diffusion
     device: torch.device
-    plan: Plan  # that of cfg
-    uncached: Callable[..., Tensor]  # the model, or its compiled form
-    steps: tuple[Callable, Callable] = (full_step, cached_step)  # what SkipCache calls, or their compiled forms
-
-
-def generate(
-    pipe: Pipeline,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    plan: Plan | None = None,
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
-    """Videos (B, F, 3, H, W) in [-1, 1]; see `sample_latents`."""
-    return pipe.codec.decode(sample_latents(pipe, seeds, labels, plan, on_step))
-
-
-def sample_latents(
-    pipe: Pipeline,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    plan: Plan | None = None,
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
-    """Latents (B, F, C, h, w) in fp32, one clip a seed: the same clip whatever else is in the batch.
-
-    Args:
-        labels: one a seed; None for a model without classes.
-        plan: None: that of the pipeline. Two plans with the same seeds give clips that pair.
-        on_step: called after each step, for a progress bar.
-
-    Raises:
-        UserError: latents that are not finite.
-    """
-    cfg, model, plan = pipe.cfg, pipe.model, plan or pipe.plan
-    generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
-    y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
-
-    denoiser = pipe.uncached
-    if plan.cached_steps:
-        denoiser = SkipCache(model, plan.full, plan.cache.depth, plan.cache.order, pipe.steps)
-    denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
-    for out in pipe.diffusion.sample_loop_progressive(
-        denoiser,
-        (len(seeds), model.num_frames, model.in_channels, model.input_size, model.input_size),
-        clip_denoised=False,  # latents are not bounded by 1
-        model_kwargs={"y": y},
-        device=pipe.device,
-        eta=cfg.eta,
-        generators=generators,
-        method=cfg.sample_method,
-    ):
-        latents = out["sample"]
-        if on_step:
-            on_step()
-    check_finite(latents, seeds, cfg.precision)
-    return latents
-
-
-def check_finite(latents: Tensor, seeds: Sequence[int], precision: str) -> None:
-    """Raises UserError for latents with NaN or infinity, which files and figures would hide. Waits for the device."""
-    if not latents.isfinite().all():
-        hint = "are its weights sound?" if precision == "fp32" else "try precision=fp32"
-        raise UserError(f"the model's latents of seeds {list(seeds)} are not finite in {precision}; {hint}")
+    plan: Plan  # the plan of cfg
+    uncached: Callable[..., Tensor]  # the model or its compiled form, for plans without cached steps
+    steps: tuple[Callable, Callable] = (full_step, cached_step)  # or their compiled forms, for SkipCache
 
 
 def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
-    """The checkpoint and the VAE of a resolved configuration, on `device`."""
+    """Returns the pipeline of resolved options, with the checkpoint and the VAE on `device`."""
     checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
-    with torch.device("meta"):  # no time for initial values: the checkpoint has them all
+    with torch.device("meta"):  # skips initialization: the checkpoint has all weights
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)
     load_checkpoint(model, checkpoint)
@@ -123,28 +85,66 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
 
 
 def with_options(pipe: Pipeline, **changes: Any) -> Pipeline:
-    """The same weights, sampled with other SamplerOptions, as `with_options(pipe, num_sampling_steps=20)`."""
+    """Returns a pipeline of the same weights with other SamplerOptions: `with_options(pipe, num_sampling_steps=20)`."""
     cfg = replace(pipe.cfg, **changes)
     return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, cfg.num_sampling_steps), plan=make_plan(cfg))
 
 
-def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
-    """The options with all that depends on others or on the device filled in.
+def generate(
+    pipe: Pipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    plan: Plan | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Returns videos (B, F, 3, H, W) in [-1, 1]; the arguments are those of `sample_latents`."""
+    return pipe.codec.decode(sample_latents(pipe, seeds, labels, plan, on_step))
+
+
+def sample_latents(
+    pipe: Pipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    plan: Plan | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Returns latents (B, F, C, h, w) in fp32, one clip per seed. A clip does not depend on the rest of the batch.
+
+    Args:
+        labels: one per seed; None for an unconditional model.
+        plan: None: the pipeline's. A seed draws the same noise with every plan.
+        on_step: called after each step, for a progress bar.
 
     Raises:
-        UserError: options that contradict each other, as far as they show without weights.
+        UserError: latents are not finite.
     """
-    check_options(cfg)
-    model = meta_model(cfg)
-    if cfg.cfg_scale != 1 and (model.num_classes is None or not cfg.class_dropout_prob):
-        lacks = "classes" if model.num_classes is None else "null label (class_dropout_prob is 0)"
-        raise UserError(f"cfg_scale: {cfg.cfg_scale} asks for guidance, but this model has no {lacks}; use cfg_scale=1")
-    precision = choose_precision(cfg.precision, cfg.use_fp16, device)
-    automatic = fastest_attention(device, DTYPES[precision])
-    cfg = replace(
-        cfg,
-        num_classes=model.num_classes,
-        precision=precision,
-        attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
-    )
-    return replace(cfg, cache=make_plan(cfg).cache)
+    cfg, model, plan = pipe.cfg, pipe.model, plan or pipe.plan
+    generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
+    y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
+
+    denoiser = pipe.uncached
+    if plan.cached_steps:  # a new SkipCache for each run, whose state it holds
+        denoiser = SkipCache(model, plan.full, plan.cache.depth, plan.cache.order, pipe.steps)
+    denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
+    for out in pipe.diffusion.sample_loop_progressive(
+        denoiser,
+        (len(seeds), model.num_frames, model.in_channels, model.input_size, model.input_size),
+        clip_denoised=False,  # latents exceed [-1, 1]
+        model_kwargs={"y": y},
+        device=pipe.device,
+        eta=cfg.eta,
+        generators=generators,
+        method=cfg.sample_method,
+    ):
+        latents = out["sample"]
+        if on_step:
+            on_step()
+    check_finite(latents, seeds, cfg.precision)
+    return latents
+
+
+def check_finite(latents: Tensor, seeds: Sequence[int], precision: str) -> None:
+    """Raises UserError for latents with NaN or infinity, which would not show in a video. Waits for the device."""
+    if not latents.isfinite().all():
+        hint = "check its weights" if precision == "fp32" else "try precision=fp32"
+        raise UserError(f"the model's latents of seeds {list(seeds)} are not finite in {precision}; {hint}")

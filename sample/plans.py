@@ -1,4 +1,7 @@
-"""Plans: which steps of a sampling run run in full. Options are parsed, checked, named and costed here, once a run."""
+"""Plans: which steps of a sampling run are full and which are cached, their name, and their cost.
+
+`parse_plan` reads --cache, `make_plan` computes the plan of some options, and `describe_plan` puts it into words.
+"""
 
 import re
 from collections.abc import Sequence
@@ -20,16 +23,13 @@ UNCACHED = CacheOptions(interval=1)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sampling run runs, step by step, and what it costs.
+    """The steps of a sampling run and their cost, which is that of one clip with guidance, without the VAE."""
 
-    MACs are those of one clip: all its steps, with guidance, without the VAE.
-    """
-
-    name: str  # "uncached", or what --cache takes
+    name: str  # "uncached", or as --cache takes it
     cache: CacheOptions
     full: tuple[bool, ...]  # for each step, from noise to clean: whether it runs in full
-    macs: int
-    macs_uncached: int
+    macs: int  # of all steps
+    macs_uncached: int  # if all steps were full
 
     @property
     def full_steps(self) -> int:
@@ -41,11 +41,11 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """MACs over those of the uncached run; the inverse is the expected speed-up."""
+        """MACs divided by those of the uncached run; the inverse is the expected speed-up."""
         return self.macs / self.macs_uncached
 
     def record(self) -> dict[str, Any]:
-        """The plan as JSON; `steps` has a letter for each step, F for full and c for cached."""
+        """Returns the plan for a JSON record; `steps` has a letter per step, F for full and c for cached."""
         return {
             "name": self.name,
             "cache": asdict(self.cache),
@@ -58,19 +58,19 @@ class Plan:
 
 
 def parse_plan(text: str) -> CacheOptions:
-    """`uncached`, `N2`, `N2-900-50`, `N2-900-50-b1` or `N2-900-50-b1-o1`; what is left out is the default."""
-    if text == plan_name(UNCACHED):
+    """Returns the options behind `uncached`, `N2`, `N2-900-50`, `N4-b2-o1`, ...; omitted parts have their defaults."""
+    if text == "uncached":
         return UNCACHED
     match = re.fullmatch(
         r"N(?P<interval>\d+)(-(?P<start>\d+)-(?P<stop>\d+))?(-b(?P<depth>\d+))?(-o(?P<order>\d+))?", text
     )
     if not match:
-        raise UserError(f"--cache {text}: expected {PLAN_FORM}, as in N2-900-50 or N4-o1")
+        raise UserError(f"--cache {text}: expected {PLAN_FORM}, such as N2-900-50 or N4-o1")
     return CacheOptions(**{key: int(value) for key, value in match.groupdict().items() if value is not None})
 
 
 def plan_name(cache: CacheOptions) -> str:
-    """`uncached`, or the shortest text that `parse_plan` reads as `cache`: N2, N2-800-100-b3, N4-o1."""
+    """Returns the shortest text that `parse_plan` reads as `cache`: uncached, N2, N2-800-100-b3, N4-o1, ..."""
     if cache.interval == 1:
         return "uncached"
     default = CacheOptions()
@@ -80,10 +80,10 @@ def plan_name(cache: CacheOptions) -> str:
 
 
 def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
-    """The plan of `cache` (None: that of `cfg`) for the model, the sampler and the guidance of `cfg`.
+    """Returns the plan of `cache` (None: the options of `cfg`) for the model, sampler and guidance of `cfg`.
 
     Raises:
-        UserError: the model cannot be cached so, or the options make no sense.
+        UserError: the model has too few skip branches for the plan, or a value is invalid.
     """
     cache = cache or cfg.cache
     if cache.interval is None:
@@ -92,18 +92,20 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
         check_cache_depth(meta_model(cfg).num_skips, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
-    forecast_weights(full, cache.order)  # raises for an order that makes no sense
+    forecast_weights(full, cache.order)  # raises for an invalid order
     step = step_macs(cfg, 1 if all(full) else cache.depth)
-    rows = 1 if cfg.cfg_scale == 1 else 2  # guidance runs each clip with its label and without
+    rows = 1 if cfg.cfg_scale == 1 else 2  # guidance runs each clip with its label and with the null label
     macs = rows * (sum(full) * step.full + (len(full) - sum(full)) * step.cached)
     return Plan(plan_name(cache), cache, tuple(full), macs, rows * len(full) * step.full)
 
 
 def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
-    """A plan in one line: its steps, its MACs, and the expected speed-up."""
+    """Returns a plan in one line: its steps, its MACs, and the expected speed-up."""
     guidance = "" if cfg.cfg_scale == 1 else f" with guidance {cfg.cfg_scale:g}"
-    line = f"plan: {plan.name}, {cfg.sample_method} {len(plan.full)}{guidance}: {plan.full_steps} full and "
-    line += f"{plan.cached_steps} cached steps; {readable(plan.macs)} a clip"
+    line = (
+        f"plan: {plan.name}, {cfg.sample_method} {len(plan.full)}{guidance}: {plan.full_steps} full and "
+        f"{plan.cached_steps} cached steps; {readable(plan.macs)} a clip"
+    )
     if plan.cached_steps:
         uncached = readable(plan.macs_uncached)
         line += f", {plan.share:.1%} of uncached ({uncached}); expected speed-up {1 / plan.share:.2f}x"
@@ -111,7 +113,7 @@ def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
 
 
 def describe_run(cfg: SampleConfig, plans: Sequence[Plan], device: torch.device) -> list[str]:
-    """What will run, a line each: the model, then the plans."""
+    """Returns lines that describe a run: the model, then each plan."""
     size = sum(p.numel() for p in meta_model(cfg).parameters())
     return [
         f"model: {cfg.model}, {size:,} parameters, {cfg.precision} on {device.type}, attention {cfg.attention_mode}",

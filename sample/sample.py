@@ -1,12 +1,12 @@
-"""Sample clips of chosen classes, in one process: a video each, a grid, a contact sheet and a record.
+"""Sample clips of chosen classes in one process, and optionally compare Skip-Cache plans.
 
     python sample/sample.py                                        # the demo: one clip of every class
-    python sample/sample.py --compare --cache N2 N4                # uncached and with two plans: speed, fidelity
+    python sample/sample.py --compare --cache N2 N4                # uncached and two plans: speed and fidelity
     python sample/sample.py --classes Bunny 3 --seed 7 cfg_scale=4
     python sample/sample.py --config configs/ucf101/ucf101_sample_cache.yaml --dry-run
 
-Writes to save_video_path a folder for each plan (uncached, N2, ...) with {seed}_{class}.mp4, grid.mp4, grid.gif and
-contact_sheet.png; beside them sample.json, and with --compare compare.mp4 (a row for each plan) and compare.png.
+Writes to save_video_path sample.json and a folder per plan (uncached, N2, ...) with {seed}_{class}.mp4, grid.mp4,
+grid.gif and contact_sheet.png. --compare also writes compare.mp4, which has a row per plan, and compare.png.
 """
 
 import statistics
@@ -21,8 +21,10 @@ from configs import SampleConfig, UserError, cli
 from sample.options import file_checks, make_parser, read_options
 
 parser = make_parser(__doc__)
-parser.add_argument("--classes", nargs="+", default=[], help="by index or name; default: sample_names, or all")
-parser.add_argument("--compare", action="store_true", help="run uncached too, with the same seeds; takes several plans")
+parser.add_argument("--classes", nargs="+", default=[], help="indices or names; default: sample_names, or all")
+parser.add_argument(
+    "--compare", action="store_true", help="also run uncached, with the same seeds; --cache may give several plans"
+)
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
@@ -42,8 +44,8 @@ from sample.pipeline import Pipeline, load, sample_latents, with_options
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
 from sample.similarity import psnr, ssim
 
-MOST_COMPARED = 8  # clips in compare.mp4 and compare.png
-WARM_UP_STEPS = 4
+MAX_COMPARED = 8  # clips in compare.mp4 and compare.png
+WARM_UP_STEPS = 4  # before timing
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,21 @@ class Clip:
 
     seed: int
     label: int | None
-    name: str  # of its class; empty for a model without classes
+    name: str  # of the class; empty for an unconditional model
 
 
 @dataclass
 class Run:
-    """What a plan made of the clips."""
+    """The clips of one plan and the time they took, a list entry per batch."""
 
     plan: Plan
-    videos: list[Tensor] = field(default_factory=list)  # (B, F, 3, H, W) a batch
-    sampling: list[float] = field(default_factory=list)  # seconds a batch
-    decoding: list[float] = field(default_factory=list)
+    videos: list[Tensor] = field(default_factory=list)  # (B, F, 3, H, W)
+    sampling: list[float] = field(default_factory=list)  # seconds
+    decoding: list[float] = field(default_factory=list)  # seconds
 
 
 def choose_clips(cfg: SampleConfig, wanted: list[str | int] | None) -> list[Clip]:
-    """`samples_per_class` clips of each class wanted, with seeds cfg.seed, cfg.seed + 1, ..."""
+    """Returns `samples_per_class` clips of each class in `wanted`, or of all, with seeds cfg.seed, cfg.seed + 1, ..."""
     if cfg.num_classes is None:
         if wanted:
             raise UserError(
@@ -80,7 +82,7 @@ def choose_clips(cfg: SampleConfig, wanted: list[str | int] | None) -> list[Clip
 
 
 def choose_plans(cfg: SampleConfig, plans: list[Plan], compare: bool) -> list[Plan]:
-    """The plans to run; with `compare` the uncached one first."""
+    """Returns the plans to run; with `compare`, the uncached plan is the first."""
     if not compare:
         if len(plans) > 1:
             raise UserError("--cache takes several plans only with --compare")
@@ -91,11 +93,11 @@ def choose_plans(cfg: SampleConfig, plans: list[Plan], compare: bool) -> list[Pl
 
 
 def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run]:
-    """Every clip with every plan. The plans take turns, so that a machine that slows down slows all of them."""
+    """Samples every clip with every plan. The plans take turns, so that a machine that slows down slows all of them."""
     runs = [Run(plan) for plan in plans]
     size = pipe.cfg.per_proc_batch_size
     batches = [clips[i : i + size] for i in range(0, len(clips), size)]
-    if len(plans) > 1:  # the first plan that is timed must not pay for what happens once
+    if len(plans) > 1:  # one-time costs, such as compilation, must not count for the first plan
         for plan in plans:
             short = with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=plan.cache)
             sample_batch(short, batches[0], short.plan)
@@ -111,19 +113,19 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
 
 
 def sample_batch(pipe: Pipeline, batch: list[Clip], plan: Plan, on_step: Callable | None = None) -> Tensor:
-    """Latents (B, F, C, h, w)."""
+    """Returns the latents (B, F, C, h, w) of a batch of clips."""
     labels = None if pipe.cfg.num_classes is None else [clip.label for clip in batch]
     return sample_latents(pipe, [clip.seed for clip in batch], labels, plan, on_step)
 
 
 def summarize(run: Run, first: Run) -> dict[str, Any]:
-    """The metrics of a run; with --compare `first` is the uncached one."""
+    """Returns the metrics of a run. Speed and fidelity are relative to `first`, the uncached run of --compare."""
     metrics = {
         "plan": run.plan.record(),
         "seconds": {"sampling": sum(run.sampling), "decoding": sum(run.decoding), "sampling_batches": run.sampling},
     }
     if run is not first:
-        # Each batch with its own twin, next to which it ran; the median leaves out what disturbed one of them.
+        # Each batch is compared with the uncached batch that ran beside it; the median ignores single disturbances.
         metrics["speedup"] = statistics.median(a / b for a, b in zip(first.sampling, run.sampling, strict=True))
         pairs = list(zip(torch.cat(run.videos), torch.cat(first.videos), strict=True))  # (F, 3, H, W) each
         by_clip = {"psnr": [psnr(a, b) for a, b in pairs], "ssim": [ssim(a, b) for a, b in pairs]}
@@ -133,8 +135,8 @@ def summarize(run: Run, first: Run) -> dict[str, Any]:
 
 
 def write_videos(folder: Path, cfg: SampleConfig, clips: list[Clip], runs: list[Run]) -> None:
-    """The videos and pictures of every run, and those that set the runs side by side."""
-    scale = max(1, 128 // cfg.image_size)  # small videos are enlarged where they are shown together
+    """Writes the videos and pictures of every run, and those that show the runs side by side."""
+    scale = max(1, 128 // cfg.image_size)  # enlarge small videos in grids and sheets
     titles = [clip.name or f"seed {clip.seed}" for clip in clips]
     for run in runs:
         target = folder / run.plan.name
@@ -145,14 +147,14 @@ def write_videos(folder: Path, cfg: SampleConfig, clips: list[Clip], runs: list[
         save_grid(target / "grid.gif", videos, cfg.fps, scale=scale)
         save_contact_sheet(target / "contact_sheet.png", videos, titles, scale=scale)
     if len(runs) > 1:
-        rows = torch.stack([torch.cat(run.videos)[:MOST_COMPARED] for run in runs])  # (R, B, F, 3, H, W)
+        rows = torch.stack([torch.cat(run.videos)[:MAX_COMPARED] for run in runs])  # (R, B, F, 3, H, W)
         save_grid(folder / "compare.mp4", rows.flatten(0, 1), cfg.fps, columns=rows.shape[1], scale=scale)
-        labels = [f"{title} {run.plan.name}" for title in titles[:MOST_COMPARED] for run in runs]
+        labels = [f"{title} {run.plan.name}" for title in titles[:MAX_COMPARED] for run in runs]
         save_contact_sheet(folder / "compare.png", rows.transpose(0, 1).flatten(0, 1), labels, scale=scale)
 
 
 def comparison(report: list[dict[str, Any]]) -> str:
-    """A table with a row for each run: seconds of all clips, MACs of one, PSNR and SSIM against uncached."""
+    """Returns a table with a row per run: seconds of all clips, MACs of a clip, PSNR and SSIM to uncached."""
     rows = []
     for run in report:
         cells = {

@@ -1,12 +1,12 @@
-"""Sample many videos, one per seed, on any number of processes: what an evaluation is made from.
+"""Sample many videos, one per seed, on any number of processes, for an evaluation.
 
     torchrun --standalone --nproc_per_node=8 sample/sample_ddp.py --config configs/ucf101/ucf101_sample_cache.yaml
     python sample/sample_ddp.py num_fvd_samples=14 --cache N2       # the demo, in one process
     python sample/sample_ddp.py --config ... --dry-run
 
-Writes {seed:06d}.mp4 to save_video_path for seeds seed ... seed + num_fvd_samples - 1, and sample_ddp.json. A seed is
-the same clip at any number of processes and batch size. The same command again makes only what is missing, a larger
-num_fvd_samples what it adds; other settings need another folder.
+Writes {seed:06d}.mp4 to save_video_path for seeds seed ... seed + num_fvd_samples - 1, and sample_ddp.json. A seed
+gives the same clip with any number of processes and any batch size. The same command again makes only the clips that
+are missing, also after num_fvd_samples was raised. Other settings need another folder.
 """
 
 import json
@@ -35,7 +35,7 @@ from sample.plans import describe_run
 
 
 def sample_share(cfg: SampleConfig, seeds: list[int], folder: Path, env: Environment) -> None:
-    """This process's clips, a file each."""
+    """Samples this process's share of the clips and writes each to a file."""
     if not seeds:
         return
     pipe = load(cfg, env.device)

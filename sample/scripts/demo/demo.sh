@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One clip of every class, uncached and with three Skip-Cache plans: speed, fidelity, videos (`make demo`), and a page.
+# `make demo`: sample one clip of every class, uncached and with three Skip-Cache plans; compare them on a page.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)"
-report() { # passes on what sample.py says, and makes a page of the folder it names at the end
+report() { # prints the output of sample.py, and makes a page of the folder that its last line names
     while IFS= read -r line; do
         echo "$line"
         if [[ $line == "videos: "* ]]; then python3 "$root/tools/report.py" "${line#videos: }"; fi
