@@ -1,6 +1,6 @@
-# make demo   class-conditional videos from the checkpoint in pretrained/demo, without and with Skip-Cache
-# make test   ruff and pytest
-# Both need Python 3.11 or newer and first install requirements.txt into .venv: once, and again when that file changes.
+# make demo   sample every class of the model in pretrained/demo, without and with Skip-Cache
+# make test   run ruff and pytest
+# Both need Python 3.11 or newer. They install requirements.txt into .venv first, and again when that file changes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin

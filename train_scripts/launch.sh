@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# bash launch.sh CONFIG [OPTION ...]: train.py on each GPU of this machine (several: through torchrun) or on the
-# CPU. NPROC=4 starts four. CONFIG is relative to configs/, paths among the options to the current directory.
+# bash launch.sh CONFIG [OPTION ...]
+# Run train.py with one process per GPU of this machine, or one on the CPU; NPROC=4 starts four processes.
+# CONFIG is relative to configs/; paths in the options are relative to the current directory.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 nproc="${NPROC:-$(python3 -c 'import torch; print(torch.cuda.device_count() or 1)')}"
 for option in "$@"; do [[ $option == --dry-run ]] && nproc=1; done
 program=("$root/train.py" --config "$root/configs/$1" "${@:2}")
-[[ $nproc == 1 ]] && exec python3 "${program[@]}" # torchrun would add its own traceback to an error
+[[ $nproc == 1 ]] && exec python3 "${program[@]}" # without torchrun, which adds a traceback to an error
 exec torchrun --standalone --nproc_per_node="$nproc" "${program[@]}"
