@@ -196,7 +196,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     ckpt: str | None = option(None, "weights: .pt (ema | model | bare) or .safetensors", path=True)
     save_video_path: str = option("./sample_videos/", "the output folder", path=True)
     seed: int = option(0, "the first seed; clip i has seed + i")
-    sample_names: list[Any] | None = option(  # noqa: RUF009
+    sample_names: list[Any] | None = option(
         None, "sample.py: classes by index or name; empty: every class"
     )
     samples_per_class: int = option(1, "sample.py: clips per class", least=1)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError, require_path
+from configs.files import check_same_settings
 from datasets.readers import BadClip, Choose
 
 SUFFIX = ".safetensors"
@@ -44,21 +45,26 @@ def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
     return moments[:, int(flip)]
 
 
-def check_latents(args: Any, encoder: str | None = None) -> None:
-    """Raise UserError unless the latents at `args.latents_path` were made for the data set and size of `args`.
+def latent_settings(args: Any) -> dict[str, Any]:
+    """The options on which encoded latents depend; with the VAE's fingerprint as `encoder` they are in the record."""
+    return {
+        "dataset": args.dataset.removesuffix("_img"),
+        "image_size": args.image_size,
+        "horizontal_flip": args.horizontal_flip,
+    }
 
-    encoder: `LatentCodec.fingerprint()` of the VAE that decodes them, where there is one at hand.
+
+def check_latents(args: Any, encoder: str | None = None) -> None:
+    """Raises UserError unless the latents at `args.latents_path` were made with the settings of `args`.
+
+    Args:
+        encoder: `LatentCodec.fingerprint()` of the VAE that decodes them, if the caller has one.
     """
     record = require_path(args, "latents_path") / RECORD
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
     made = json.loads(record.read_text())
-    asked = {"dataset": args.dataset.removesuffix("_img")} | {
-        k: getattr(args, k) for k in ("image_size", "horizontal_flip")
-    }
-    for key, value in asked.items():
-        if made[key] != value:
-            raise UserError(f"latents_path: {record.parent} was made with {key}={made[key]}, not {value}")
+    check_same_settings(made, latent_settings(args), "latents_path", record.parent)
     if encoder and made.get("encoder") != encoder:
         raise UserError(f"vae: the latents in {record.parent} are of another VAE, {made['vae']}; use that one")
     if args.use_image_num and args.frame_data_txt:

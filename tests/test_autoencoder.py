@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 from configs import ROOT, UserError
 from models.autoencoder import LatentCodec
+from tools.demo import train_autoencoder as trainer
 from tools.demo.train_autoencoder import (
     AutoencoderConfig,
     PerceptualDistance,
@@ -55,7 +56,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_run(clips: Path, output_dir: Path, **options) -> AutoencoderConfig:
-    options = dict(max_steps=4, batch_size=2, warmup_steps=2, perceptual_weight=0, log_every=2, save_every=2) | options
+    options = dict(max_steps=4, batch_size=2, warmup_steps=2, perceptual_weight=0, log_every=2) | options
     return AutoencoderConfig(data_path=str(clips), output_dir=str(output_dir), **TINY, **options)
 
 
@@ -202,36 +203,33 @@ def test_trainer_saves_a_vae_whose_latents_have_unit_std(clips, tmp_path):
 
 def test_trainer_learns(clips, tmp_path):
     """The pixel term falls within 40 steps."""
-    train(tiny_run(clips, tmp_path, max_steps=40, log_every=10, save_every=100))
+    train(tiny_run(clips, tmp_path, max_steps=40, log_every=10))
     pixel = [r["pixel"] for r in map(json.loads, (tmp_path / "log.jsonl").open()) if "pixel" in r]
     assert pixel[-1] < 0.9 * pixel[0]
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(clips, tmp_path, monkeypatch):
-    """Killed in step 4, resumed from step 2's state: weights, average and optimizer equal the unbroken run's."""
+def test_a_run_starts_over_where_an_interrupted_one_was_and_repeats_exactly(clips, tmp_path, monkeypatch):
+    """Killed in step 4, then run again: the weights and the log are those of an unbroken run."""
     train(tiny_run(clips, tmp_path / "unbroken"))
-
-    calls = 0
+    calls, loss_terms = [], trainer.loss_terms
 
     def killed_at_the_fourth_step(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
+        calls.append(args)
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return loss_terms(*args)
 
-    import tools.demo.train_autoencoder as trainer
-
-    loss_terms = trainer.loss_terms
-    monkeypatch.setattr(trainer, "loss_terms", killed_at_the_fourth_step)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_run(clips, tmp_path / "broken"))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "loss_terms", killed_at_the_fourth_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_run(clips, tmp_path / "broken"))
+    assert not (tmp_path / "broken" / "vae").exists()
     train(tiny_run(clips, tmp_path / "broken"))
 
-    unbroken, broken = (torch.load(tmp_path / run / "resume.pt") for run in ("unbroken", "broken"))
-    for part in ("vae", "ema", "optimizer", "step"):
-        torch.testing.assert_close(broken[part], unbroken[part], rtol=0, atol=0)
+    unbroken, broken = (load_file(file) for file in sorted(tmp_path.glob("*/vae/*.safetensors")))
+    torch.testing.assert_close(broken, unbroken, rtol=0, atol=0)
+    logs = [[json.loads(line)["step"] for line in file.open()] for file in sorted(tmp_path.glob("*/log.jsonl"))]
+    assert logs == [[2, 4, 4]] * 2
 
 
 def test_no_videos_is_one_line(tmp_path):
@@ -259,3 +257,10 @@ def test_the_demos_vae_restores_unseen_frames():
     x = to_floats(center_crop(frames[::24], [64]))  # one frame of each clip
     assert codec.encode(x[None]).std() == pytest.approx(1, abs=0.15)
     assert evaluate(codec, x, classes[::24])["psnr"] > 27
+
+
+def test_a_dry_run_says_the_size_and_writes_nothing(clips, tmp_path, monkeypatch, capsys):
+    argv = ["train_autoencoder.py", "--dry-run", f"data_path={clips}", f"output_dir={tmp_path}/out"]
+    monkeypatch.setattr("sys.argv", argv)
+    trainer.main()
+    assert "# a VAE of 3,274,055 parameters" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from configs.files import atomic_path, file_hash
-from models.checkpoint import load_checkpoint, load_state_dict, save_checkpoint
+from models.checkpoint import count_skips, load_checkpoint, load_state_dict, save_checkpoint
 from models.latte import Latte
+from tools import export_checkpoint
 
 SIZE = {
     "input_size": 8,
@@ -201,14 +202,27 @@ def test_hub_folder_loads_strictly(tmp_path):
         Latte.from_pretrained(tmp_path, num_skips=0)
 
 
-def test_export_keeps_the_ema_and_refuses_what_half_precision_cannot_hold(tmp_path):
-    from tools.export_checkpoint import export
+def test_skips_of_a_file_are_counted(tmp_path):
+    for num_skips in (0, 2):
+        save_checkpoint(tmp_path / "a.pt", ema=latte(num_skips=num_skips).state_dict())
+        assert count_skips(tmp_path / "a.pt") == num_skips
+
+
+def test_export_keeps_the_ema_and_refuses_what_half_precision_cannot_hold(tmp_path, monkeypatch):
+    def export(source: str, *flags: str) -> None:
+        argv = ["export_checkpoint.py", f"{tmp_path}/{source}.pt", f"{tmp_path}/{source}.safetensors", *flags]
+        monkeypatch.setattr("sys.argv", argv)
+        export_checkpoint.main()
 
     torch.save({"ema": {"w": torch.tensor([1.0])}, "model": {"w": torch.tensor([2.0])}}, tmp_path / "a.pt")
-    export(tmp_path / "a.pt", tmp_path / "a.safetensors", "fp16")
+    export("a", "--dtype", "fp16", "--dry-run")
+    assert not (tmp_path / "a.safetensors").exists()
+    export("a", "--dtype", "fp16")
     weight = load_state_dict(tmp_path / "a.safetensors")["w"]
     assert weight.dtype == torch.float16 and weight.item() == 1.0
     torch.save({"ema": {"w": torch.tensor([1e6])}}, tmp_path / "b.pt")
     with pytest.raises(UserError, match="1 weights are not finite in fp16, w the first"):
-        export(tmp_path / "b.pt", tmp_path / "b.safetensors", "fp16")
+        export("b", "--dtype", "fp16")
     assert not (tmp_path / "b.safetensors").exists()
+    export("b")
+    assert load_state_dict(tmp_path / "b.safetensors")["w"].dtype == torch.float32

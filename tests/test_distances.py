@@ -8,11 +8,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from configs import ROOT, load_config
-from tools.metrics.efficientnet import load_proxy
-from tools.metrics.scores import bootstrap_distances, frechet_distance
 from tools.metrics.clips import VideoFiles
+from tools.metrics.efficientnet import load_proxy
 from tools.metrics.options import EvaluateConfig
-from tools.metrics.scores import inception_score, kernel_distance
+from tools.metrics.scores import bootstrap_distances, frechet_distance, inception_score, kernel_distance
 
 
 def exact(mean: Tensor, root: Tensor, rows: int) -> Tensor:
@@ -138,7 +137,7 @@ def test_proxy_distance_rises_with_every_fault(proxy):
     A distance of the first 40 features alone does not see the shuffling.
     """
     options = [f"real_path={ROOT}/datasets/demo/test", "num_frames=8", "image_size=64"]
-    clips = Files(load_config(EvaluateConfig, None, options), "real_path", wanted=84, stride=3)
+    clips = VideoFiles(load_config(EvaluateConfig, None, options), "real_path", wanted=84, stride=3)
     order = sorted(range(len(clips)), key=lambda i: clips.clips[i][0])  # by class: both quarters have each
     a, b = (torch.stack([clips[i] for i in quarter]) / 127.5 - 1 for quarter in (order[::4], order[1::4]))
     features = proxy(a)

@@ -1,4 +1,4 @@
-"""tools/common/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
+"""sample/distributed.py under a real torchrun: processes find each other, and one that dies takes all along."""
 
 import os
 import re

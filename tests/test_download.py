@@ -166,3 +166,11 @@ def test_dry_run_lists_without_network(tmp_path):
 def test_an_unknown_name_lists_the_valid_ones(tmp_path):
     result = download(tmp_path, "http://127.0.0.1:9", "--only", "sky")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "'skytimelapse'" in result.stderr
+
+
+def test_help_lists_the_names_without_torch(tmp_path):
+    """A torch that cannot be imported does no harm."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, str(PROGRAM), "--help"], env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "skytimelapse" in result.stdout

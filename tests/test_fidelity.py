@@ -1,4 +1,4 @@
-"""tools/common/fidelity.py on clips whose figures are known, and tools/fidelity.py on a tiny model."""
+"""tools/metrics/pairs.py on clips whose metrics are known, and tools/fidelity.py on a tiny model."""
 
 import json
 import os
@@ -12,14 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import ROOT, UserError
-from sample.pipeline import generate
-from tools import evaluate, fidelity
+from configs import ROOT, UserError, load_config
 from sample.distributed import Environment
-from tools.metrics.pairs import aggregate, compare, distance_to_others, load_lpips, lpips_weights
-from tools.metrics.statistics import mean_and_margin
-from tools.metrics.scores import frechet_distance
 from sample.media import save_video
+from sample.pipeline import generate, load, resolve
+from sample.plans import make_plan, parse_plan
+from tools import evaluate, fidelity
+from tools.metrics import cells as engine
+from tools.metrics.cells import Cell, Task
+from tools.metrics.options import MeasureConfig
+from tools.metrics.pairs import aggregate, compare, distance_to_others, load_lpips, lpips_weights
+from tools.metrics.scores import frechet_distance
+from tools.metrics.statistics import mean_and_margin
 
 CPU = torch.device("cpu")
 
@@ -46,34 +50,34 @@ def read_markdown(text: str) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------ metrics
 
 
 def test_a_clip_is_its_own_best_twin():
     latents, videos = clips()
-    figures = compare(latents, videos, latents, videos, lpips=None)
-    ssim = figures.pop("ssim")
-    assert figures == {"relative_l1": [0, 0], "psnr": [100, 100], "flicker": [0, 0]}
+    metrics = compare(latents, videos, latents, videos, lpips=None)
+    ssim = metrics.pop("ssim")
+    assert metrics == {"relative_l1": [0, 0], "psnr": [100, 100], "flicker": [0, 0]}
     # Each moment is a convolution in fp32: not to the bit the same of two equal images in one batch, so that a quotient
     # of sums of a few of them is 1 to some 1e-7.
     assert ssim == pytest.approx([1, 1], abs=1e-5)
-    json.dumps(aggregate(figures["psnr"], ["a", "b"]), allow_nan=False)
+    json.dumps(aggregate(metrics["psnr"], ["a", "b"]), allow_nan=False)
 
 
-def test_known_differences_have_known_figures():
+def test_known_differences_have_known_metrics():
     latents, videos = clips()
-    figures = compare(1.1 * latents, videos + 0.2, latents, videos)
-    assert figures["relative_l1"] == pytest.approx([0.1, 0.1], rel=1e-5)
-    assert figures["psnr"] == pytest.approx([20, 20], rel=1e-4)  # 0.1 of a range of 1
-    assert figures["flicker"] == pytest.approx([0, 0], abs=1e-5)  # the same motion, only brighter
-    assert all(0.5 < value < 1 for value in figures["ssim"])
+    metrics = compare(1.1 * latents, videos + 0.2, latents, videos)
+    assert metrics["relative_l1"] == pytest.approx([0.1, 0.1], rel=1e-5)
+    assert metrics["psnr"] == pytest.approx([20, 20], rel=1e-4)  # 0.1 of a range of 1
+    assert metrics["flicker"] == pytest.approx([0, 0], abs=1e-5)  # the same motion, only brighter
+    assert all(0.5 < value < 1 for value in metrics["ssim"])
 
     still, faster = videos[:, :1].expand_as(videos), videos[:, :1] + 1.5 * (videos - videos[:, :1])
     assert compare(latents, still, latents, videos)["flicker"] == pytest.approx([1, 1])
     assert compare(latents, faster, latents, videos)["flicker"] == pytest.approx([0.5, 0.5], rel=1e-5)
 
 
-def test_each_clip_has_its_own_figures():
+def test_each_clip_has_its_own_metrics():
     latents, videos = clips()
     a = latents.clone()
     a[1] *= 2
@@ -84,9 +88,9 @@ def test_intervals_are_students():
     """Of 1, 2, 3: standard deviation 1, and t = 4.3027 for two degrees of freedom."""
     assert mean_and_margin([1, 2, 3]) == {"mean": 2, "margin": pytest.approx(4.302653 / 3**0.5), "clips": 3}
     assert mean_and_margin([5]) == {"mean": 5, "margin": None, "clips": 1}
-    figures = aggregate([1, 2, 3, 8], ["b", "a", "b", "a"])
-    assert {name: own["mean"] for name, own in figures["by_class"].items()} == {"a": 5, "b": 2}
-    assert figures["each"] == [1, 2, 3, 8] and figures["mean"] == 3.5
+    summary = aggregate([1, 2, 3, 8], ["b", "a", "b", "a"])
+    assert {name: own["mean"] for name, own in summary["by_class"].items()} == {"a": 5, "b": 2}
+    assert summary["each"] == [1, 2, 3, 8] and summary["mean"] == 3.5
 
 
 def test_distance_to_others_gives_no_credit_for_shared_noise():
@@ -118,8 +122,8 @@ def test_lpips_is_measured_only_with_weights_on_the_disk(tmp_path, monkeypatch):
     torch.save(weights, path)
     latents, videos = clips()
     other = clips(1)[1]
-    figures = compare(latents, torch.stack([videos[0], other[1]]), latents, videos, load_lpips(CPU))
-    assert figures["lpips"][0] == pytest.approx(0, abs=1e-6) and figures["lpips"][1] > 0.001
+    metrics = compare(latents, torch.stack([videos[0], other[1]]), latents, videos, load_lpips(CPU))
+    assert metrics["lpips"][0] == pytest.approx(0, abs=1e-6) and metrics["lpips"][1] > 0.001
 
 
 # ------------------------------------------------------------------------------------------------ program
@@ -129,14 +133,15 @@ def run(monkeypatch, tiny: Path, output: Path, *argv: str) -> Counter:
     """The program with this command line; which plans it sampled, in clips (without the runs that warm up)."""
     sampled = Counter()
 
-    def count(pipe, seeds, labels, cache, on_step=None):
+    def count(pipe, seeds, labels, plan=None, on_step=None):
         if on_step:
+            cache = (plan or pipe.plan).cache
             sampled[f"{pipe.cfg.sample_method}-{pipe.diffusion.num_timesteps}-N{cache.interval}"] += len(seeds)
-        return sample_latents(pipe, seeds, labels, cache, on_step)
+        return sample_latents(pipe, seeds, labels, plan, on_step)
 
-    sample_latents = fidelity.sample_latents
+    sample_latents = engine.sample_latents
     with monkeypatch.context() as patch:
-        patch.setattr(fidelity, "sample_latents", count)
+        patch.setattr(engine, "sample_latents", count)
         patch.setattr(sys, "argv", ["fidelity.py", "--config", str(tiny), *argv, f"output={output}"])
         fidelity.main()
     return sampled
@@ -166,7 +171,7 @@ def measured(tiny, real, tmp_path_factory) -> Path:
 
 
 def test_record_and_table(measured):
-    """A row for uncached, each plan and its control; labels balanced; figures of each clip; the table reads back."""
+    """A row for uncached, each plan and its control; labels balanced; metrics of each clip; the table reads back."""
     record = strict_json(measured / "fidelity.json")
     assert record["seeds"] == [*range(100, 106)] and sorted(record["labels"]) == [0, 0, 1, 1, 2, 2]
     rows = {row["run"]: row for row in record["rows"]}
@@ -177,9 +182,9 @@ def test_record_and_table(measured):
     assert control["macs"] == uncached["macs"] * 5 / 6 and abs(control["macs"] - n2["macs"]) <= uncached["macs"] / 12
     for row in (n2, control):
         for metric in ("relative_l1", "psnr", "ssim", "flicker"):
-            figures = row["twin"][metric]
-            assert len(figures["each"]) == 6 and figures["mean"] == pytest.approx(sum(figures["each"]) / 6)
-            assert figures["margin"] > 0 and {own["clips"] for own in figures["by_class"].values()} == {2}
+            summary = row["twin"][metric]
+            assert len(summary["each"]) == 6 and summary["mean"] == pytest.approx(sum(summary["each"]) / 6)
+            assert summary["margin"] > 0 and {own["clips"] for own in summary["by_class"].values()} == {2}
     for row in rows.values():
         assert row["seconds"] > 0 and row["proxy_real"] > 0 and row["proxy_others"] > 0
         assert row["proxy_real_interval"][0] < row["proxy_real"] < row["proxy_real_interval"][1]
@@ -195,19 +200,19 @@ def test_record_and_table(measured):
     assert float(mean) == pytest.approx(n2["twin"]["relative_l1"]["mean"], abs=1e-4) and float(margin) > 0
 
 
-def test_figures_are_those_of_the_pipeline(tiny, measured):
-    """The figures of one clip, from videos generated here."""
-    cfg = fidelity.resolve(fidelity.load_config(fidelity.FidelityConfig, tiny), CPU)
-    pipe = fidelity.load(cfg, CPU)
-    twin, clip = (generate(pipe, [101], [101 % 3], fidelity.Cell("ddim", 6, 2.0, p).cache) for p in ("uncached", "N2"))
-    figures = strict_json(measured / "fidelity.json")["rows"][1]["twin"]
+def test_metrics_are_those_of_the_pipeline(tiny, measured):
+    """The metrics of one clip, from videos generated here."""
+    cfg = resolve(load_config(fidelity.FidelityConfig, tiny), CPU)
+    pipe = load(cfg, CPU)
+    twin, clip = (generate(pipe, [101], [101 % 3], make_plan(cfg, parse_plan(name))) for name in ("uncached", "N2"))
+    metrics = strict_json(measured / "fidelity.json")["rows"][1]["twin"]
     expected = compare(torch.ones(1, 1), clip, torch.ones(1, 1), twin)
     for metric in ("psnr", "ssim", "flicker"):
-        assert figures[metric]["each"][1] == pytest.approx(expected[metric][0], rel=1e-3)
+        assert metrics[metric]["each"][1] == pytest.approx(expected[metric][0], rel=1e-3)
 
 
 def test_the_same_command_does_only_what_is_missing(tiny, measured, tmp_path, monkeypatch):
-    """Lines of a plan lost, one torn by a kill: just these are sampled again, and all figures are as before."""
+    """Lines of a plan lost, one torn by a kill: just these are sampled again, and all metrics are as before."""
     before = strict_json(measured / "fidelity.json")["rows"]
     log = measured / "clips/0.jsonl"
     lines = log.read_text().splitlines(keepends=True)
@@ -246,29 +251,29 @@ def test_more_clips_and_plans_add_to_a_folder(tiny, measured, monkeypatch):
 
 def test_other_settings_need_another_folder(tiny, real, measured, monkeypatch):
     """Which is said before real clips are read."""
-    monkeypatch.setattr(fidelity, "extract", None)
-    with pytest.raises(UserError, match="labels=balanced, not labels=random: choose another output"):
+    monkeypatch.setattr(engine, "extract", None)
+    with pytest.raises(UserError, match=r"output: .*/clips was made with labels=balanced, not random; choose another"):
         run(monkeypatch, tiny, measured, *PLANS, "labels=random", f"real_path={real}")
 
 
-def test_neither_batches_nor_processes_change_figures(tiny, measured, tmp_path):
+def test_neither_batches_nor_processes_change_metrics(tiny, measured, tmp_path):
     """Batches of 4 shared by two processes, one after the other, against batches of 2 in one."""
     options = ["num_clips=6", "seed=100", "per_proc_batch_size=4", f"output={tmp_path}"]
-    cfg = fidelity.resolve(fidelity.load_config(fidelity.MeasureConfig, tiny, options), CPU)
-    twin = fidelity.Cell("ddim", 6, 2.0)
-    tasks = [fidelity.Task(fidelity.Cell("ddim", 6, 2.0, plan), twin) for plan in ("uncached", "N2")]
-    work = fidelity.open_folder(cfg, tasks, Environment(0, 1, CPU))
+    cfg = resolve(load_config(MeasureConfig, tiny, options), CPU)
+    twin = Cell("ddim", 6, 2.0)
+    tasks = [Task(twin.with_cache(parse_plan(plan)), twin) for plan in ("uncached", "N2")]
+    work = engine.open_folder(cfg, tasks, Environment(0, 1, CPU))
     assert [seeds for seeds, _ in work] == [[100, 101, 102, 103], [104, 105]]
     for rank in (1, 0):
-        fidelity.measure(cfg, tasks, work[rank::2], Environment(rank, 2, CPU))
-    assert fidelity.open_folder(cfg, tasks, Environment(0, 1, CPU)) == []
-    ours, theirs = (fidelity.read_lines(folder / "clips")["ddim-6-g2-N2"] for folder in (tmp_path, measured))
+        engine.measure(cfg, tasks, work[rank::2], Environment(rank, 2, CPU))
+    assert engine.open_folder(cfg, tasks, Environment(0, 1, CPU)) == []
+    ours, theirs = (engine.read_lines(folder / "clips")["ddim-6-g2-N2"] for folder in (tmp_path, measured))
     for seed in range(100, 106):
         assert ours.pairs[twin.name][seed] == pytest.approx(theirs.pairs[twin.name][seed], rel=1e-3)
         assert ours.features[seed] == pytest.approx(theirs.features[seed], rel=1e-3, abs=1e-4)
 
 
-def test_two_processes_give_the_figures_of_one(tiny, real, tmp_path, monkeypatch):
+def test_two_processes_give_the_metrics_of_one(tiny, real, tmp_path, monkeypatch):
     """Under torchrun, which shares out the batches of samples and the real clips; one speaks and writes."""
     options = ["--cache", "N2", "num_clips=6", "seed=100", "controls=False", f"real_path={real}", "real_stride=2"]
     run(monkeypatch, tiny, tmp_path / "one", *options)
@@ -285,12 +290,12 @@ def test_two_processes_give_the_figures_of_one(tiny, real, tmp_path, monkeypatch
         assert "processes: 2" in ours["machine"] and ours["speedup"] > 0
         for key in ("proxy_others", "proxy_real", "proxy_real_interval"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
-        for metric, figures in ours["twin"].items():
-            assert figures["each"] == pytest.approx(theirs["twin"][metric]["each"], rel=1e-3), metric
+        for metric, values in ours["twin"].items():
+            assert values["each"] == pytest.approx(theirs["twin"][metric]["each"], rel=1e-3), metric
 
 
 def test_controls_of_a_sampler_that_draws_noise_do_not_pair(tiny, tmp_path, monkeypatch, capsys):
-    """DDPM: a plan has figures against its twins, its control proxy distances only; the table says why."""
+    """DDPM: a plan has metrics against its twins, its control proxy distances only; the table says why."""
     run(monkeypatch, tiny, tmp_path, "--cache", "N2", "sample_method=ddpm", "num_clips=6")
     uncached, n2, control = strict_json(tmp_path / "fidelity.json")["rows"]
     assert n2["twin"]["psnr"]["mean"] > 5 and control["twin"] == {}
@@ -304,6 +309,23 @@ def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "plan: N2, ddim 6 with guidance 2: 3 full and 3 cached" in text
     assert "plan: uncached, ddim 5 with guidance 2: 5 full and 0 cached" in text and not (tmp_path / "out").exists()
+    assert f"# task: 6 clips of each, seeds 100 ... 105, to {tmp_path}/out" in text and "num_clips: 6" in text
+
+
+def test_dry_run_names_all_that_is_missing(tiny, tmp_path, monkeypatch, capsys):
+    """After the plans and the options: checkpoint, VAE and real clips, in one line."""
+    missing = ["ckpt=/nowhere/x.pt", "vae=other", "real_path=/nowhere/real"]
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, tiny, tmp_path / "out", *PLANS, *missing, "--dry-run")
+    for message in (
+        "ckpt: nothing at /nowhere/x.pt",
+        f"no VAE in {tiny.parent}/other",
+        "real_path: nothing at /nowhere",
+    ):
+        assert message in str(error.value)
+    text = capsys.readouterr().out
+    assert "\n" not in str(error.value) and "# plan: N2, ddim 6" in text and "ckpt: /nowhere/x.pt" in text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -311,6 +333,8 @@ def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):
     [
         ([], "give plans with cached steps"),
         (["--cache", "N2", "N1"], "give plans with cached steps"),
+        (["--cache", "N2", "N1-800-100"], "give plans with cached steps"),
+        (["cache.interval=1", "cache.start=800"], "give plans with cached steps"),
         (["--cache", "N2-0-0"], "plan N2-0-0 runs all 6 steps of ddim in full"),
         (["--cache", "2"], "expected N<interval>"),
         (["--cache", "N2", "num_skips=0"], "this model has none"),

@@ -1,4 +1,4 @@
-"""tools/convert_videos_to_frames.py and tools/make_frame_list.py: what they write is what the data sets read."""
+"""tools/convert_videos_to_frames.py: the frames and the list that it writes are what the data sets read."""
 
 import multiprocessing
 import shutil
@@ -19,7 +19,7 @@ from datasets import get_dataset
 from datasets.clips import find_frame_folders
 from datasets.joint import read_frame_list
 from datasets.readers import read_frame_folder, read_video
-from tools import convert_videos_to_frames, make_frame_list
+from tools import convert_videos_to_frames
 
 DEMO = ROOT / "datasets" / "demo" / "train"
 CLASSES = ("Box", "City")
@@ -28,11 +28,6 @@ CLASSES = ("Box", "City")
 def convert(*arguments: str) -> None:
     sys.argv = ["convert_videos_to_frames.py", "num_workers=0", *arguments]
     convert_videos_to_frames.main()
-
-
-def make_list(*arguments: str) -> None:
-    sys.argv = ["make_frame_list.py", *arguments]
-    make_frame_list.main()
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +144,7 @@ def test_the_same_command_again_does_what_is_missing_and_no_more(videos, tmp_pat
     assert capsys.readouterr().out.splitlines()[-1] == "1 videos converted, 4 before, 0 skipped"
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "frames").rglob("*.jpg")}
     assert len(written) == 96 and len(now) == 120 and written.items() < now.items()
-    with pytest.raises(UserError, match=r"names other options than now, .*'stride': 2.*; give another folder"):
+    with pytest.raises(UserError, match=r"frame_data_path: .* was made with stride=1, not 2; choose another"):
         convert(*arguments, "stride=2")
 
 
@@ -222,11 +217,11 @@ def test_a_frame_that_cannot_be_written_is_a_failure_and_leaves_nothing(videos, 
     ("arguments", "message"),
     [
         (["frame_data_path=out"], "data_path is not set"),
-        (["data_path={videos}"], "frame_data_path is not set: give the folder to write"),
+        (["data_path={videos}"], "frame_data_path is not set: give the folder of the frames"),
         (["data_path={videos}/../empty", "frame_data_path=out"], "data_path: there are no video files under"),
         (["data_path={videos}", "frame_data_path=out", "frame_format=gif"], "frame_format: 'gif' .*valid: jpg, png"),
-        (["data_path={videos}", "frame_data_path=out", "fps=-3"], "fps and stride are above 0, not None, -3.0, 1"),
-        (["data_path={videos}", "frame_data_path=out", "stride=0"], "fps and stride are above 0, not None, None, 0"),
+        (["data_path={videos}", "frame_data_path=out", "fps=-3"], "fps: -3.0 is not above 0"),
+        (["data_path={videos}", "frame_data_path=out", "stride=0"], "stride: 0 is less than 1"),
         (["data_path={videos}", "frame_data_path=out", "size=3"], "unknown key size"),
     ],
 )
@@ -248,7 +243,7 @@ def test_two_videos_that_would_share_a_folder_are_refused(videos, tmp_path, seco
 
 def test_a_dry_run_says_what_would_be_converted_and_writes_nothing(videos, tmp_path, capsys):
     convert(f"data_path={videos}", f"frame_data_path={tmp_path}/frames", "--dry-run")
-    assert capsys.readouterr().out.endswith("4 videos, 4 to convert\n") and not (tmp_path / "frames").exists()
+    assert capsys.readouterr().out.startswith("# 4 videos, 4 to convert\n") and not (tmp_path / "frames").exists()
 
 
 # The list of stills
@@ -257,8 +252,7 @@ def test_a_dry_run_says_what_would_be_converted_and_writes_nothing(videos, tmp_p
 def test_converted_and_listed_stills_train_with_their_classes(videos, tmp_path):
     """ucf101_img reads the list: every still is one of the listed frames and carries the label of its class."""
     frames, text = tmp_path / "frames", tmp_path / "lists" / "stills.txt"
-    convert(f"data_path={videos}", f"frame_data_path={frames}", "image_size=32", "stride=8")
-    make_list(f"frame_data_path={frames}", f"frame_data_txt={text}")
+    convert(f"data_path={videos}", f"frame_data_path={frames}", "image_size=32", "stride=8", f"frame_data_txt={text}")
     lines = text.read_text().splitlines()
     assert lines[:4] == [f"Box/v_Box_g01_c0{n}.jpg" for n in ("1/000000", "1/000001", "1/000002", "2/000000")]
     assert len(lines) == 12 and [path.name for path in text.parent.iterdir()] == ["stills.txt"]
@@ -277,7 +271,7 @@ def test_a_list_holds_every_image_at_any_depth_in_the_order_of_its_number(tmp_pa
     for name in names:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).touch()
-    make_list(f"frame_data_path={tmp_path}/tree", f"frame_data_txt={tmp_path}/list.txt")
+    convert(f"frame_data_path={tmp_path}/tree", f"frame_data_txt={tmp_path}/list.txt")
     assert (tmp_path / "list.txt").read_text() == "b_1.webp\na/f_2.png\na/f_10.png\na/deep/er/1.JPG\n"
     paths, labels = read_frame_list(tmp_path / "list.txt", tmp_path / "tree", None)
     assert all(path.exists() for path in paths) and labels == [0] * 4
@@ -289,7 +283,7 @@ def test_a_seed_names_an_order(tmp_path):
         (tmp_path / f"{number}.jpg").touch()
     lists = []
     for seed in (0, 0, 1, "null"):
-        make_list(f"frame_data_path={tmp_path}", f"frame_data_txt={tmp_path}/list.txt", f"shuffle_seed={seed}")
+        convert(f"frame_data_path={tmp_path}", f"frame_data_txt={tmp_path}/list.txt", f"shuffle_seed={seed}")
         lists.append((tmp_path / "list.txt").read_text().splitlines())
     assert lists[0] == lists[1] and lists[0] != lists[2] and lists[3] == [f"{number}.jpg" for number in range(30)]
     assert sorted(lists[0]) == sorted(lists[2]) == sorted(lists[3]) and lists[0] != lists[3] != lists[2]
@@ -299,7 +293,7 @@ def test_an_unusable_request_for_a_list_leaves_the_old_one(tmp_path):
     (tmp_path / "list.txt").write_text("old")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="frame_data_path: there are no images under"):
-        make_list(f"frame_data_path={tmp_path}/empty", f"frame_data_txt={tmp_path}/list.txt")
-    with pytest.raises(UserError, match="frame_data_txt is not set: give the file to write"):
-        make_list(f"frame_data_path={tmp_path}/empty")
+        convert(f"frame_data_path={tmp_path}/empty", f"frame_data_txt={tmp_path}/list.txt")
+    with pytest.raises(UserError, match="data_path: there are no video files under"):
+        convert(f"data_path={tmp_path}/empty", f"frame_data_path={tmp_path}", f"frame_data_txt={tmp_path}/list.txt")
     assert (tmp_path / "list.txt").read_text() == "old"

@@ -8,18 +8,27 @@ import pytest
 import torch
 from conftest import save_random_weights
 
-from configs import ROOT, TrainConfig, UserError, load_config
+from configs import ROOT, UserError, load_config
 from models import get_models
 from tools import heldout_loss
+from tools.heldout_loss import HeldoutConfig
 
 SIZES = ["image_size=32", "num_frames=4", "num_classes=7", "hidden_size=16", "depth=8", "num_heads=2"]
 TEST_CLIPS = ROOT / "datasets" / "demo" / "test"
 
 
 @pytest.fixture(scope="module")
-def cfg(tiny) -> TrainConfig:
-    values = ["dataset=video_folder", "model=Latte-skip", *SIZES, f"data_path={TEST_CLIPS}", "frame_interval=1"]
-    return load_config(TrainConfig, None, [*values, f"pretrained_model_path={tiny.parent}"])
+def cfg(tiny) -> HeldoutConfig:
+    values = [
+        "dataset=video_folder",
+        "model=Latte-skip",
+        *SIZES,
+        f"data_path={TEST_CLIPS}",
+        "frame_interval=1",
+        "num_clips=3",
+        "num_timesteps=2",
+    ]
+    return load_config(HeldoutConfig, None, [*values, f"pretrained_model_path={tiny.parent}"])
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +47,12 @@ def test_equal_weights_have_equal_losses_and_others_do_not(cfg, twins):
     device = torch.device("cpu")
     skip, latte = (heldout_loss.load_model(cfg, str(file), device) for file in twins.values())
     assert (skip.num_skips, latte.num_skips) == (2, 0)
-    figures = heldout_loss.losses(cfg, {"a": skip, "b": latte, "c": skip}, 3, 2, device)
-    assert figures["a"].shape == (3, 2) and torch.equal(figures["a"], figures["c"])
-    assert not torch.allclose(figures["a"], figures["b"])
-    alone = heldout_loss.losses(cfg, {"b": latte}, 3, 2, device)["b"]
-    assert torch.equal(alone, figures["b"])
-    other = heldout_loss.losses(replace(cfg, global_seed=1), {"b": latte}, 3, 2, device)["b"]
+    losses = heldout_loss.measure_losses(cfg, {"a": skip, "b": latte, "c": skip}, device)
+    assert losses["a"].shape == (3, 2) and torch.equal(losses["a"], losses["c"])
+    assert not torch.allclose(losses["a"], losses["b"])
+    alone = heldout_loss.measure_losses(cfg, {"b": latte}, device)["b"]
+    assert torch.equal(alone, losses["b"])
+    other = heldout_loss.measure_losses(replace(cfg, global_seed=1), {"b": latte}, device)["b"]
     assert not torch.allclose(other, alone)
 
 
@@ -58,12 +67,12 @@ def test_program(cfg, twins, tiny, monkeypatch, capsys):
     models = [text for name, file in twins.items() for text in ("--model", f"{name}={file}")]
     options = [*SIZES, f"data_path={TEST_CLIPS}", f"pretrained_model_path={tiny.parent}"]
     options += ["num_skips=null", "learn_sigma=True"]  # not the demo's
-    argv = ["heldout_loss.py", *models, "--clips", "2", "--timesteps", "2", *options]
+    argv = ["heldout_loss.py", *models, "num_clips=2", "num_timesteps=2", *options]
     monkeypatch.setattr(sys, "argv", argv)
     heldout_loss.main()
     assert "loss of 2 clips" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*argv, "--clips", "1"])
-    with pytest.raises(UserError, match="--clips: 1 is less than 2"):
+    monkeypatch.setattr(sys, "argv", [*argv, "num_clips=1"])
+    with pytest.raises(UserError, match="num_clips: 1 is less than 2"):
         heldout_loss.main()
     monkeypatch.setattr(sys, "argv", ["heldout_loss.py", "--model", "skip", *options])
     with pytest.raises(UserError, match="expected NAME=CKPT"):

@@ -1,4 +1,4 @@
-"""tools/judge.py: labels come from what the samplers write, each figure responds to what it is for, runs repeat."""
+"""tools/demo/judge.py: labels come from what the samplers write, measures respond to their faults, runs repeat."""
 
 import json
 import math
@@ -11,8 +11,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from configs import UserError, load_config
-from tools.demo import judge
+from sample.folder import DDP_RECORD
 from sample.media import save_video
+from tools.demo import judge
+from tools.demo.classifier import augment, blur, create_classifier, train_classifier
 
 NAMES, SIZE, FRAMES = ["Hill", "Lake", "Wood"], 32, 4
 
@@ -42,9 +44,9 @@ def data(tmp_path_factory) -> Path:
     for i, label in enumerate(record["labels"]):
         video = clip(label, i, FRAMES)
         save_video(root / "samples" / f"{100 + i:06d}.mp4", video, fps=8)
-        save_video(root / "samples_blurred" / f"{100 + i:06d}.mp4", judge.blur(video[None], 8)[0], fps=8)
+        save_video(root / "samples_blurred" / f"{100 + i:06d}.mp4", blur(video[None], 8)[0], fps=8)
     for folder in ("samples", "samples_blurred"):
-        (root / folder / judge.RECORD).write_text(json.dumps(record))
+        (root / folder / DDP_RECORD).write_text(json.dumps(record))
     return root
 
 
@@ -89,18 +91,22 @@ def test_the_program_judges_real_clips_and_samples(data, options, monkeypatch, c
 
 
 def test_a_judge_that_fails_on_real_clips_says_so(options, monkeypatch, capsys):
-    run(monkeypatch, *options, "epochs=1", "lr=0")
+    run(monkeypatch, *options, "epochs=1", "learning_rate=1e-9")
     assert "not usable" in capsys.readouterr().out
 
 
 def test_labels_come_from_the_record_the_names_or_the_folders(data, tmp_path):
     cfg = load_config(judge.JudgeConfig, overrides=[f"num_frames={FRAMES}", f"image_size={SIZE}"])
-    assert judge.load_samples(data / "samples", NAMES, cfg).labels.tolist() == [2, 0, 1, 1, 0, 2]
+
+    def labels(folder: Path) -> list[int]:
+        return judge.load_clips(judge.find_samples(folder, NAMES), cfg, interval=1).labels.tolist()
+
+    assert labels(data / "samples") == [2, 0, 1, 1, 0, 2]
     for seed, label in enumerate([1, 2, 0]):
         save_video(tmp_path / f"{seed:06d}_{NAMES[label]}.mp4", clip(label, 0), fps=8)
     save_video(tmp_path / "grid.mp4", clip(0, 0), fps=8)  # sample.py's; no sample
-    assert judge.load_samples(tmp_path, NAMES, cfg).labels.tolist() == [1, 2, 0]
-    assert judge.load_samples(data / "test", NAMES, cfg).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert labels(tmp_path) == [1, 2, 0]
+    assert labels(data / "test") == [0, 0, 1, 1, 2, 2]
 
 
 def test_nearest_is_the_least_rmse_over_offsets():
@@ -133,11 +139,11 @@ def test_nearest_is_exact_for_copies_and_near_copies():
     assert index.tolist() == [0, 1, 2]
 
 
-def test_figures_respond_to_what_they_measure():
-    """Frozen, shuffled, blurred, identical and copied clips each move the figure that is theirs."""
+def test_measures_respond_to_what_they_measure():
+    """Frozen, shuffled, blurred, identical and copied clips each move the measure that is theirs."""
     cfg = load_config(judge.JudgeConfig, overrides=[f"num_frames={FRAMES}"])
     torch.manual_seed(0)
-    model = judge.create_classifier(1)
+    model = create_classifier(1)
     frames = torch.rand(8, 1, 3, SIZE, SIZE) * 2 - 1
     drift = torch.linspace(-0.2, 0.2, FRAMES)[:, None, None, None]
     train, test = (memory(half * 0.7 + drift) for half in frames.split(4))  # (4, F, 3, S, S) each
@@ -164,7 +170,7 @@ def test_augmentation_keeps_a_clip_still():
     """Each clip is changed in its own way, and the same way in all of its frames but for the noise."""
     torch.manual_seed(0)
     still = clip(1, 0, frames=1).expand(3, 8, 3, -1, -1)
-    y = judge.augment(still)
+    y = augment(still)
     assert y.shape == still.shape and not torch.allclose(y[0], y[1], atol=0.3)
     motion = y.diff(dim=1).flatten(1).std(1)  # of two draws of noise, each with a deviation of 0.15 at most
     assert (motion < 1.1 * 0.15 * math.sqrt(2)).all()
@@ -200,3 +206,72 @@ def test_a_class_needs_two_samples(data, options, monkeypatch, tmp_path):
         save_video(tmp_path / "one" / f"{seed}_{NAMES[label]}.mp4", clip(label, 0), fps=8)
     with pytest.raises(UserError, match="two clips of every class"):
         run(monkeypatch, *options, f"samples_path={tmp_path}/one")
+
+
+MISSING = [
+    ("train_path=/nowhere", "train_path: nothing at /nowhere"),
+    ("test_path=/nowhere", "test_path: nothing at /nowhere"),
+    ("test_path={data}/test/Hill", "has other class folders than train_path"),
+    ("vae_path=/nowhere", "vae_path: nothing at /nowhere"),
+    ("vae_path={data}", "no VAE in"),
+    ("samples_path=/nowhere", "samples_path: no folder /nowhere"),
+    ("samples_path={tmp_path}/*", "samples_path: no folder"),
+    ("samples_path={data}/train/Hill", "holds no samples of Hill, Lake, Wood"),
+    ("samples_path={data}/other", "holds no samples of Hill, Lake, Wood, or of other classes too"),
+    ("samples_path={data}/one", "/one: diversity needs two clips of every class"),
+    ("output={data}", "is a folder, where a file is to be written"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_samples(data) -> Path:
+    """Folders of samples beside the others: other/ with a class that is not theirs, one/ with one clip of a class."""
+    for seed, name in enumerate([*NAMES, "Sea", *NAMES]):
+        save_video(data / "other" / f"{seed}_{name}.mp4", clip(0, seed), fps=8)
+    for seed, label in enumerate([0, 0, 1, 1, 2]):
+        save_video(data / "one" / f"{seed}_{NAMES[label]}.mp4", clip(label, 0), fps=8)
+    return data
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize(("change", "message"), MISSING)
+def test_folders_are_checked_before_anything_is_read(
+    wrong_samples, options, tmp_path, monkeypatch, flags, change, message
+):
+    """By a run before it reads a clip or trains, and by a dry run."""
+    for name in ("train_classifier", "load_clips"):
+        monkeypatch.setattr(judge, name, lambda *_, name=name: pytest.fail(f"{name} is called"))
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, *options, change.format(data=wrong_samples, tmp_path=tmp_path), *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dry_run_says_what_would_run(data, options, monkeypatch, tmp_path, capsys):
+    """Sets, options, and all that is missing in one line; nothing is written."""
+    monkeypatch.setattr(sys, "argv", ["judge.py", *options, f"samples_path={data}/samples*", "--dry-run"])
+    judge.main()
+    out = capsys.readouterr().out
+    for line in (f"# real train: {data}/train", f"# samples: {data}/samples_blurred", f"num_frames: {FRAMES}"):
+        assert f"{line}\n" in out, line
+    with pytest.raises(UserError, match=r"train_path: nothing at /a; test_path: .* /b; vae_path: nothing at /c"):
+        run(monkeypatch, *options, "train_path=/a", "test_path=/b", "vae_path=/c", "--dry-run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_repeats_and_draws_a_window_for_each_clip():
+    """The same seed gives the same weights, bit for bit; another seed gives others."""
+    clips, labels = torch.stack([clip(label % 3, label) for label in range(6)]), torch.tensor([0, 1, 2] * 2)
+
+    def train(seed: int) -> tuple[Tensor, list[Tensor]]:
+        drawn: list[Tensor] = []
+
+        def draw(places: Tensor) -> Tensor:
+            drawn.append(places)
+            return clips[:, :FRAMES]
+
+        model = train_classifier(draw, labels, 3, epochs=2, batch_size=4, learning_rate=1e-3, seed=seed)
+        return model[1].weight, drawn
+
+    (weight, drawn), (again, _), (other, _) = train(0), train(0), train(1)
+    assert torch.equal(weight, again) and not torch.equal(weight, other)
+    assert [len(places) for places in drawn] == [6, 6] and all(0 <= p < 1 for places in drawn for p in places.tolist())

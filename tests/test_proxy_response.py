@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from configs import UserError
+from sample.media import save_video
 from tests.test_evaluate import clip
 from tests.test_fidelity import read_markdown
 from tools import proxy_response
-from sample.media import save_video
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import torch
 from configs import CacheOptions, SampleConfig, UserError, load_config
 from models import get_models
 from models.latte import Latte
-from sample.pipeline import Pipeline, load, plan_steps, resolve, sample_latents
+from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
+from sample.plans import UNCACHED, Plan, make_plan
 from tests.conftest import save_random_weights
 from tools import stability
 from tools.stability import AGES, STILL, Watch, compare_steps, compare_weights, random_direction, run_layers, similarity
 
 CPU = torch.device("cpu")
-N4, UNCACHED = CacheOptions(interval=4), CacheOptions(interval=1)
+N4 = CacheOptions(interval=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,19 @@ def twin(tiny, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one(tiny, tmp_path_factory) -> Path:
+    """A checkpoint of the tiny model with one skip."""
+    path = tmp_path_factory.mktemp("one") / "one.safetensors"
+    save_random_weights(get_models(load_config(SampleConfig, tiny, ["num_skips=1"])), path)
+    return path
+
+
+def make_plans(pipe: Pipeline) -> tuple[Plan, Plan]:
+    """Uncached, and cached at N = 4."""
+    return make_plan(pipe.cfg, UNCACHED), make_plan(pipe.cfg, N4)
+
+
 def step(N: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(N, 4, 4, 4, 4, generator=generator), torch.tensor([700] * N), torch.tensor([0, 2, 3, 3][:N])
@@ -41,7 +55,7 @@ def step(N: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def analyse(monkeypatch, tiny: Path, output: Path, *options: str) -> dict:
     """The record of the program, run with small settings."""
-    small = ["--config", str(tiny), "--clips", "3", "--points", "1", "--output", str(output)]
+    small = ["--config", str(tiny), "num_clips=3", "points=1", f"output={output}"]
     monkeypatch.setattr(sys, "argv", ["stability.py", *small, *options])
     stability.main()
     return json.loads(
@@ -78,7 +92,8 @@ def test_similarity_is_the_cosine_over_the_width_of_each_token():
 
 @torch.no_grad()
 def test_identical_steps_have_similarity_1_and_rows_without_label_do_not_count(pipe):
-    watch = Watch(pipe.model, 2, depth=1, full=[True, False, False], kept=[1])
+    plan = replace(make_plan(pipe.cfg, N4), full=(True, False, False))
+    watch = Watch(pipe.model, 2, plan, kept=[1])
     x, t, y = step(4)
     watch(x, t, y)
     watch(torch.cat([x[:2], torch.zeros_like(x[2:])]), t, y)
@@ -92,36 +107,35 @@ def test_identical_steps_have_similarity_1_and_rows_without_label_do_not_count(p
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++", "unipc"])
 def test_watching_a_run_does_not_change_it(pipe, method):
-    pipe = replace(pipe, cfg=replace(pipe.cfg, sample_method=method))
-    full = plan_steps(pipe.diffusion, N4)
-    watch = Watch(pipe.model, 2, 1, full, [])
+    pipe = with_options(pipe, sample_method=method)
+    uncached, plan = make_plans(pipe)
+    watch = Watch(pipe.model, 2, plan, [])
     assert torch.equal(
-        sample_latents(replace(pipe, uncached=watch), [3, 4], [0, 1], UNCACHED),
-        sample_latents(pipe, [3, 4], [0, 1], UNCACHED),
+        sample_latents(replace(pipe, uncached=watch), [3, 4], [0, 1], uncached),
+        sample_latents(pipe, [3, 4], [0, 1], uncached),
     )
     similarities = []
-    watched = stability.watch_cached_run(pipe, [3, 4], [0, 1], N4, lambda: similarities.append(0))
-    assert len(watched) == len(similarities) == len(full)
-    assert [bool(each.isnan().all()) for each in watched] == full
+    watched = stability.watch_cached_run(pipe, [3, 4], [0, 1], plan, lambda: similarities.append(0))
+    assert len(watched) == len(similarities) == len(plan.full)
+    assert tuple(bool(each.isnan().all()) for each in watched) == plan.full
 
 
-def test_figures_of_a_run_agree_with_each_other(pipe):
+def test_similarities_of_a_run_agree_with_each_other(pipe):
     """Two batches or one, age and plan, deep feature and layer: ways to the same number."""
-    full = plan_steps(pipe.diffusion, N4)
-    figures, inputs = compare_steps(pipe, "", [0, 1, 2], N4, full, [1, 3])
-    assert full == [True, False, False, False, True, False]
-    assert len(figures["outputs"]) == len(figures["updates"]) == pipe.model.num_layers
-    ages = figures["ages"]
-    assert ages[0][1:] == pytest.approx(figures["outputs"][-2])  # depth 1: the last layer but one
-    reused = [None, ages[0][1], ages[1][2], ages[2][3], None, ages[0][5]]
-    assert figures["reused"] == pytest.approx(reused)
+    _, plan = make_plans(pipe)
+    found, inputs = compare_steps(pipe, "", [0, 1, 2], plan, [1, 3])
+    assert plan.full == (True, False, False, False, True, False)
+    assert len(found["outputs"]) == len(found["updates"]) == pipe.model.num_layers
+    ages = found["ages"]
+    assert ages[0][1:] == pytest.approx(found["outputs"][-2])  # depth 1: the last layer but one
+    assert found["reused"] == pytest.approx([None, ages[0][1], ages[1][2], ages[2][3], None, ages[0][5]])
     assert len(ages) == AGES and [row.count(None) for row in ages] == [1, 2, 3, 4, 5]
-    cached = figures["reused_cached"]
-    assert cached[1] == pytest.approx(figures["reused"][1], abs=1e-6)  # the runs part after the first cached step
-    assert cached[3] != pytest.approx(figures["reused"][3], abs=1e-6)
+    cached = found["reused_cached"]
+    assert cached[1] == pytest.approx(found["reused"][1], abs=1e-6)  # the runs part after the first cached step
+    assert cached[3] != pytest.approx(found["reused"][3], abs=1e-6)
     one_batch = replace(pipe, cfg=replace(pipe.cfg, per_proc_batch_size=3))
-    again, _ = compare_steps(one_batch, "", [0, 1, 2], N4, full, [1, 3])
-    assert torch.tensor(again["updates"]).allclose(torch.tensor(figures["updates"]), atol=1e-5)
+    again, _ = compare_steps(one_batch, "", [0, 1, 2], plan, [1, 3])
+    assert torch.tensor(again["updates"]).allclose(torch.tensor(found["updates"]), atol=1e-5)
     assert [len(x) for x, _, _ in inputs] == [2, 2, 1, 1] and [int(t[0]) for _, t, _ in inputs] == [799, 400] * 2
 
 
@@ -200,13 +214,17 @@ def test_an_aborted_run_leaves_the_model_as_it_was(monkeypatch, tiny, tmp_path, 
 
 
 def test_twins_side_by_side(monkeypatch, tiny, twin, tmp_path, capsys):
-    """One JSON with all numbers, three pictures, a line for each figure; a second run gives the same numbers."""
+    """One JSON with all numbers, three pictures, a line for each number; a second run gives the same numbers."""
     models = ["--model", f"Skip={tiny.parent / 'skip.safetensors'}", "--model", f"Latte={twin}"]
     record = analyse(monkeypatch, tiny, tmp_path / "a", *models)
     printed = capsys.readouterr().out
     for draw in ("draw_neighbours", "draw_cached", "draw_landscape"):  # once will do
         monkeypatch.setattr(stability, draw, lambda *_: None)
-    assert record == analyse(monkeypatch, tiny, tmp_path / "b", *models)
+    again = analyse(monkeypatch, tiny, tmp_path / "b", *models)
+    for name, model in again["models"].items():
+        assert model["config"].pop("output") == f"{tmp_path}/b"
+        assert record["models"][name]["config"].pop("output") == f"{tmp_path}/a"
+    assert record == again
     assert record["timesteps"] == [999, 799, 599, 400, 200, 0] and record["plan"] == "N4"
     assert record["full_steps"] == [True, False, False, False, True, False]
     assert record["window"] == [False, True, True, True, True, True]  # but 0 is the last below cache.stop
@@ -244,6 +262,32 @@ def test_one_model_without_classes_or_skips_and_a_dry_run(monkeypatch, tiny, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["ckpt=/nowhere/x.pt"], "ckpt: nothing at /nowhere/x.pt"),
+        (["--model", "a=/nowhere/x.pt"], "no checkpoint /nowhere/x.pt"),
+        (["vae=other"], "no VAE in"),
+        (["pretrained_model_path=/nowhere"], "pretrained_model_path: nothing at /nowhere"),
+        (["output={tiny}"], "sample.yaml is a file, where a folder is to be written"),
+    ],
+)
+def test_dry_run_names_what_is_missing(monkeypatch, tiny, tmp_path, options, message):
+    """So does a run, before it samples."""
+    monkeypatch.setattr(stability, "compare_steps", lambda *_: pytest.fail("sampling begins"))
+    for flags in (["--dry-run"], []):
+        with pytest.raises(UserError) as error:
+            analyse(monkeypatch, tiny, tmp_path / "out", *(each.format(tiny=tiny) for each in options), *flags)
+        assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_lists_hold_none_for_nan():
+    """As JSON needs it; `from_lists` is the way back."""
+    x = torch.tensor([[1.5, torch.nan], [torch.nan, -2.0]], dtype=torch.float64)
+    assert stability.to_lists(x) == [[1.5, None], [None, -2.0]]
+    assert torch.equal(torch.from_numpy(stability.from_lists(stability.to_lists(x))).nan_to_num(7), x.nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--model", "skip.pt"], "--model skip.pt: expected NAME=CKPT, each name once"),
         (["--model", "a=x.pt", "--model", "a=y.pt"], "expected NAME=CKPT, each name once"),
         (["--model", "a=/nowhere/x.pt"], "no checkpoint /nowhere/x.pt"),
@@ -253,12 +297,15 @@ def test_one_model_without_classes_or_skips_and_a_dry_run(monkeypatch, tiny, tmp
         (["num_sampling_steps=5"], "num_sampling_steps: 5 is too few to look 5 steps back"),
         (["cache.start=0"], "runs all 6 steps in full"),
         (["cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
-        (["--clips", "0"], "--clips: 0 is no number above 0"),
-        (["--radius", "nan"], "--radius: nan is no number above 0"),
-        (["--radius", "inf"], "--radius: inf is no number above 0"),
+        (["--model", "a={one}", "cache.depth=2"], "cache.depth: 2 is outside 1 ... 1, the model's number of skip"),
+        (["num_clips=0"], "num_clips: 0 is less than 1"),
+        (["points=0"], "points: 0 is less than 1"),
+        (["radius=0"], "radius: 0.0 is not above 0"),
+        (["radius=nan"], "radius: nan is not a finite number"),
+        (["radius=inf"], "radius: inf is not a finite number"),
     ],
 )
-def test_every_mistake_is_one_line(monkeypatch, tiny, twin, tmp_path, options, message):
+def test_every_mistake_is_one_line(monkeypatch, tiny, twin, one, tmp_path, options, message):
     with pytest.raises(UserError) as error:
-        analyse(monkeypatch, tiny, tmp_path, *(option.format(twin=twin) for option in options))
+        analyse(monkeypatch, tiny, tmp_path, *(option.format(twin=twin, one=one) for option in options))
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -9,28 +9,31 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import UserError
-from tools import fidelity, sweep
+from configs import CacheOptions, UserError
 from sample.media import save_video
+from tools import sweep
+from tools.metrics import cells as engine
 from tools.metrics.cells import Cell, Task
 from tools.sweep import SweepConfig, make_grid, pareto
+
+N2 = CacheOptions(interval=2)
 
 
 def run(monkeypatch, tiny: Path, output: Path, *argv: str, stop_after: int | None = None) -> int:
     """The program with this command line; how many cells and batches it sampled, and Ctrl-C after so many."""
     sampled = 0
 
-    def count(pipe, seeds, labels, cache, on_step=None):
+    def count(pipe, seeds, labels, plan=None, on_step=None):
         nonlocal sampled
         if on_step:  # not warming up
             if sampled == stop_after:
                 raise KeyboardInterrupt
             sampled += 1
-        return sample_latents(pipe, seeds, labels, cache, on_step)
+        return sample_latents(pipe, seeds, labels, plan, on_step)
 
-    sample_latents = fidelity.sample_latents
+    sample_latents = engine.sample_latents
     with monkeypatch.context() as patch:
-        patch.setattr(fidelity, "sample_latents", count)
+        patch.setattr(engine, "sample_latents", count)
         patch.setattr(sys, "argv", ["sweep.py", "--config", str(tiny), *argv, f"output={output}"])
         sweep.main()
     return sampled
@@ -57,7 +60,7 @@ def swept(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def figures(folder: Path) -> dict[str, dict]:
+def scores(folder: Path) -> dict[str, dict]:
     """By cell, what does not depend on the clock."""
     rows = json.loads((folder / "sweep.json").read_text())["rows"]
     keys = ("macs", "twin", "reference", "proxy_others", "proxy_real")
@@ -72,7 +75,7 @@ def test_grid_has_each_cell_once_and_what_others_need_first():
         guidance=[2.0],
         reference="ddim-8",
     )
-    tasks = grid(cfg)
+    tasks = make_grid(cfg)
     cells = [task.cell for task in tasks]
     assert len(cells) == len(set(cells)) == 2 * 2 * 2
     assert tasks[0].cell == Cell("ddim", 8, 2.0)
@@ -84,13 +87,19 @@ def test_grid_has_each_cell_once_and_what_others_need_first():
 def test_grid_defaults_to_the_options_of_sampling():
     cfg = SweepConfig(plans=["N2"], sample_method="unipc", num_sampling_steps=9, cfg_scale=3.0)
     twin = Cell("unipc", 9, 3.0)
-    assert grid(cfg) == [Task(twin, twin), Task(Cell("unipc", 9, 3.0, "N2"), twin)]
+    assert make_grid(cfg) == [Task(twin, twin), Task(Cell("unipc", 9, 3.0, N2), twin)]
+
+
+def test_there_is_one_uncached_cell():
+    """Options of a cache that is not used make no cell of their own."""
+    cfg = SweepConfig(plans=["N1-800-100", "N2"], sample_method="ddim", num_sampling_steps=9, cfg_scale=3.0)
+    assert [task.cell.plan for task in make_grid(cfg)] == ["uncached", "N2"]
 
 
 def test_which_cells_pair():
     """The same steps always do; others where no solver draws noise on its way."""
     ddim, ddpm, unipc = (Cell(method, 8, 1.0) for method in ("ddim", "ddpm", "unipc"))
-    cached = Cell("ddpm", 8, 1.0, "N2")
+    cached = Cell("ddpm", 8, 1.0, N2)
     assert Task(cached, ddpm, ddim).pairs(eta=0) == {"twin": ddpm}
     assert Task(unipc, unipc, ddim).pairs(eta=0) == {"reference": ddim}
     assert Task(unipc, unipc, ddim).pairs(eta=0.5) == {}
@@ -121,8 +130,8 @@ def test_record_table_and_csv_agree(swept):
 
 
 def test_cells_are_held_against_twin_and_reference(swept):
-    """What is cached has figures against its twin, and DDPM none against unipc-8, to which more steps come nearer."""
-    rows = figures(swept)
+    """What is cached has metrics against its twin, and DDPM none against unipc-8, to which more steps come nearer."""
+    rows = scores(swept)
     for name, row in rows.items():
         assert bool(row["twin"]) == name.endswith("N2")
         assert bool(row["reference"]) == name.startswith("ddim")
@@ -136,11 +145,11 @@ def test_plots_are_drawn(swept):
             assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
 
 
-def test_neither_order_nor_size_of_the_grid_changes_figures(tiny, swept, tmp_path, monkeypatch):
-    """Half of the cells in another order; a cell's figures are the same to the bit."""
+def test_neither_order_nor_size_of_the_grid_changes_scores(tiny, swept, tmp_path, monkeypatch):
+    """Half of the cells in another order; a cell's scores are the same to the bit."""
     reordered = ["plans=[uncached,N2]", "methods=[ddpm,ddim]", "steps=[6]", *GRID[3:], f"real_path={swept}/real"]
     run(monkeypatch, tiny, tmp_path, *reordered)
-    before, after = figures(swept), figures(tmp_path)
+    before, after = scores(swept), scores(tmp_path)
     assert len(after) == 2 * 2 + 1 and after == {name: before[name] for name in after}
 
 
@@ -148,7 +157,7 @@ def test_a_larger_grid_does_only_what_it_adds(tiny, swept, monkeypatch):
     """A plan more, and a guidance more with its own reference; without guidance a clip costs half."""
     assert run(monkeypatch, tiny, swept, *GRID, "plans=[N2,N3]", "methods=[ddpm]", "steps=[6]") == 2
     assert run(monkeypatch, tiny, swept, *GRID, "methods=[ddim]", "steps=[4]", "guidance=[2.5,1]") == 3 * 2
-    rows = figures(swept)
+    rows = scores(swept)
     assert rows["ddim-4-g2.5-N2"]["macs"] == 2 * rows["ddim-4-g1-N2"]["macs"]
     assert rows["ddim-4-g1-N2"]["reference"]
 
@@ -159,7 +168,7 @@ def test_a_larger_grid_does_only_what_it_adds(tiny, swept, monkeypatch):
         (["plans=[2]"], "expected N<interval>"),
         (["plans=[N2-0-0]"], "plan N2-0-0 runs all 6 steps"),
         (["methods=[ddim,plms]"], "'plms' is unknown; valid: ddpm, ddim"),
-        (["steps=[0]"], "num_sampling_steps: 0 is less than 1"),
+        (["steps=[0]"], "steps: 0 is less than 1"),
         (["steps=[many]"], "steps"),
         (["reference=ddim"], "reference: ddim is no METHOD-STEPS, as ddim-250"),
         (["reference=plms-9"], "'plms' is unknown"),
@@ -173,4 +182,22 @@ def test_every_mistake_is_one_line(tiny, tmp_path, monkeypatch, argv, message):
     with pytest.raises(UserError) as error:
         run(monkeypatch, tiny, tmp_path / "out", *argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_prints_the_grid_and_names_all_that_is_missing(tiny, tmp_path, monkeypatch, capsys):
+    """Nothing is sampled or written; a missing checkpoint, VAE and folder of real clips are one line at the end."""
+    assert run(monkeypatch, tiny, tmp_path / "out", *GRID, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert text.count("# plan: ") == CELLS and "# plan: N2, ddpm 4 with guidance 2.5: 2 full and 2 cached" in text
+    missing = ["ckpt=/nowhere/x.pt", "vae=other", "real_path=/nowhere/real"]
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, tiny, tmp_path / "out", *GRID, *missing, "--dry-run")
+    for message in (
+        "ckpt: nothing at /nowhere/x.pt",
+        f"no VAE in {tiny.parent}/other",
+        "real_path: nothing at /nowhere",
+    ):
+        assert message in str(error.value)
+    assert "\n" not in str(error.value) and capsys.readouterr().out.count("# plan: ") == CELLS
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Training: resumed, distributed, accumulating and checkpointing runs equal the plain one; bad runs end in one line."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,13 +21,15 @@ from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 
 import train as program
-from configs import ROOT, TrainConfig, UserError, load_config
+from configs import ROOT, TrainConfig, UserError, load_config, to_yaml
 from datasets.latents import RECORD
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
 from sample.distributed import Environment
-from train import check_options, clip_seed, learning_rate, train
+from tools.common.runs import RunLog
+from tools.common.training import StepGuard, check_training_options, learning_rate
+from train import clip_seed, train
 
 TINY = dict(
     dataset="video_folder",
@@ -198,12 +202,14 @@ def unbroken(latents, tmp_path_factory) -> Path:
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(latents, unbroken, tmp_path):
     """Half of the batch on each of two gloo ranks: equal to 1e-5."""
     run(latents, tmp_path, **{**SHARED, "local_batch_size": 4})
     assert_equal(weights(unbroken, step=12), weights(tmp_path, step=12), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes(latents, unbroken, tmp_path):
     """Twelve steps on one process, the rest on two: equal to 1e-5 to two all the way."""
     stop_after(config(latents, tmp_path / "runs", **{**SHARED, "local_batch_size": 4}), 12)
@@ -380,6 +386,32 @@ def test_run_without_finite_losses_stops_and_says_so(latents, tmp_path):
     assert [path.stem for path in tmp_path.glob("*/checkpoints/*")] == ["0000001"], "no bad step is saved"
 
 
+def test_guard_skips_a_bad_step_and_counts_those_in_a_row(tmp_path):
+    """A loss or a norm that is not finite is bad; a good step ends the count; the log names each bad step."""
+    guard = StepGuard(3, None, RunLog(tmp_path, 0))
+    steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0), (math.inf, math.nan), (1.0, math.nan)]
+    assert [guard.accepts(step, *each) for step, each in enumerate(steps)] == [True, False, False, True, False, False]
+    assert guard.bad_steps == 2
+    with pytest.raises(UserError, match=rf"^3 steps in a row .*resume_from_checkpoint={tmp_path}"):
+        guard.accepts(6, math.nan, 1.0)
+    assert (tmp_path / "log.txt").read_text().count("skipped, ") == 5
+
+
+def test_guard_lets_a_scaler_search_its_scale(tmp_path):
+    """An overflow of the gradient alone halves the scale and is not bad above scale 1; a loss of NaN is."""
+    scaler = torch.amp.GradScaler("cpu", 8.0)
+    guard = StepGuard(3, scaler, RunLog(tmp_path, 0))
+    counts = []
+    for loss in (1.0, 1.0, 1.0, math.nan):
+        scaler.scale(torch.ones(()))  # as a backward pass does
+        parameter = torch.nn.Parameter(torch.ones(()))
+        parameter.grad = torch.tensor(math.inf)
+        scaler.unscale_(torch.optim.SGD([parameter], 1.0))
+        assert not guard.accepts(1, loss, math.inf)
+        counts.append((scaler.get_scale(), guard.bad_steps))
+    assert counts == [(4.0, 0), (2.0, 0), (1.0, 1), (0.5, 2)]
+
+
 class ScaledOnCpu(Accelerator):
     """fp16's gradient scaler on gradients of fp16's range: fp16 itself a CPU computes in software only."""
 
@@ -465,23 +497,26 @@ def test_errors_are_one_line(latents, tmp_path, options, message):
 def test_unusable_option_is_one_line_that_names_it(override):
     """Before anything runs, those of the previews too."""
     with pytest.raises(UserError, match=override.partition("=")[0]) as caught:
-        check_options(load_config(TrainConfig, None, override.split()))
+        check_training_options(load_config(TrainConfig, None, override.split()))
     assert "\n" not in str(caught.value)
 
 
-def script_commands(tmp_path: Path, script: str, processes: int) -> list[list[str]]:
+def script_commands(tmp_path: Path, script: str, processes: int, *options: str) -> list[list[str]]:
     """The command lines that a script starts, written down by stand-ins for torchrun and python3."""
     for name in ("torchrun", "python3"):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\t" "${0##*/}" "$@" >> commands; echo >> commands\n')
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": str(processes)}
-    subprocess.run(["bash", ROOT / script, "--dry-run", "max_train_steps=7"], cwd=tmp_path, env=env, check=True)
+    subprocess.run(["bash", ROOT / script, *options, "max_train_steps=7"], cwd=tmp_path, env=env, check=True)
     return [line.split("\t")[:-1] for line in (tmp_path / "commands").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("task", ["ucf101", "taichi", "sky", "ffs", "demo"])
 def test_train_scripts_run_train(tmp_path, monkeypatch, capsys, task):
-    """With their YAML file and what follows their name, from any directory; a dry run speaks on one rank."""
+    """With their YAML file and what follows their name, from any directory; a dry run speaks on one rank.
+
+    It says what it misses, as nobody has put the paths of the data in.
+    """
     commands = script_commands(tmp_path, f"train_scripts/{task}_train.sh", processes=3)
     if task == "demo":
         command, programs = commands[1][1:], [Path(command[1]).name for command in commands]
@@ -490,18 +525,94 @@ def test_train_scripts_run_train(tmp_path, monkeypatch, capsys, task):
         assert commands[0][:3] == ["torchrun", "--standalone", "--nproc_per_node=3"]
         command = commands[0][3:]
     assert Path(command[0]).samefile(program.__file__)
-    for rank, texts in {"0": ["max_train_steps: 7\n", " parameters\n"], "1": []}.items():
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--dry-run", f"results_dir={tmp_path}", f"latents_path={tmp_path / 'latents'}"]
+    )
+    monkeypatch.setenv("RANK", "1")
+    program.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=f"^latents_path: nothing at {tmp_path}/latents"):
         program.main()
-        out = capsys.readouterr().out
-        assert bool(out) == bool(texts) and all(text in out for text in texts)
+    out = capsys.readouterr().out
+    assert out.startswith("# model: Latte") and "# steps: 1 to 7\n" in out and "\nmax_train_steps: 7\n" in out
+
+
+def dry_run(monkeypatch, folder: Path, cfg: TrainConfig) -> None:
+    """train.py --dry-run with options from a file in `folder`."""
+    (folder / "dry.yaml").write_text(to_yaml(cfg))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(folder / "dry.yaml"), "--dry-run"])
+    program.main()
+
+
+def test_dry_run_says_what_would_run_and_makes_nothing(latents, tmp_path, monkeypatch, capsys):
+    """A new run at first, then the one to continue, then the one that is finished."""
+    cfg = config(latents, tmp_path / "runs", gradient_accumulation_steps=2, train_only="skip")
+    dry_run(monkeypatch, tmp_path, cfg)
+    lines = capsys.readouterr().out.splitlines()
+    model = get_models(cfg)
+    trained = sum(p.numel() for name, p in model.named_parameters() if name.startswith("skip_"))
+    size = sum(p.numel() for p in model.parameters())
+    assert lines[0] == f"# model: Latte-skip, {size:,} parameters, {trained:,} to train, mixed_precision no"
+    assert lines[1] == f"# data: 6 clips in {latents}"
+    assert lines[2] == "# batch: 8 clips a step, 4 a forward x 2 forwards x 1 processes"
+    assert lines[3:5] == ["# steps: 1 to 6", f"# run: in {tmp_path}/runs, a new run"]
+    assert not (tmp_path / "runs").exists()
+
+    run(latents, tmp_path / "runs", gradient_accumulation_steps=2, train_only="skip", max_train_steps=4)
+    capsys.readouterr()
+    dry_run(monkeypatch, tmp_path, cfg)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:5] == ["# steps: 5 to 6", f"# run: continues {tmp_path}/runs/000-Latte-skip-video_folder"]
+    dry_run(monkeypatch, tmp_path, replace(cfg, max_train_steps=4))
+    assert "# steps: none, the run is finished at step 4" in capsys.readouterr().out
+    dry_run(monkeypatch, tmp_path, replace(cfg, global_seed=1))
+    assert "a new run, as 000-Latte-skip-video_folder has global_seed=3407, not 1 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(latents_path="", data_path="/nowhere"), "data_path: nothing at /nowhere"),
+        (dict(latents_path="/nowhere"), "latents_path: nothing at /nowhere"),
+        (dict(latents_path="", vae="other"), "no VAE in .*/other"),
+        (dict(preview_every=1, vae="other"), "no VAE in .*/other"),
+        (dict(pretrained="/nowhere.pt"), "pretrained: nothing at /nowhere.pt"),
+        (dict(validation_every=1), "validation_path is not set"),
+        (dict(validation_every=1, validation_path="/nowhere"), "validation_path: nothing at /nowhere"),
+        (dict(latents_path="", use_image_num=1, frame_data_txt="/nowhere.txt"), "frame_data_txt: nothing at /nowhere"),
+        (dict(results_dir="FILE/runs"), "results_dir: .* is a file"),
+    ],
+)
+def test_dry_run_names_the_file_that_is_missing(tiny, latents, tmp_path, monkeypatch, options, message):
+    """And no other: the rest is there."""
+    (tmp_path / "file").write_text("")
+    shutil.copytree(ROOT / "datasets/demo/test", tmp_path / "clips", ignore=lambda _, names: sorted(names)[2:])
+    there = dict(latents_path=latents, data_path=tmp_path / "clips", pretrained_model_path=tiny.parent)
+    options = {key: str(value).replace("FILE", f"{tmp_path}/file") for key, value in options.items()}
+    cfg = config(latents, tmp_path / "runs", **(there | options))
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        dry_run(monkeypatch, tmp_path, cfg)
+    assert "; " not in str(caught.value).replace("; make them", "")
+
+
+def test_dry_run_with_a_missing_file_ends_with_exit_1(latents, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--dry-run", f"latents_path={latents}", "preview_every=1"]
+    command += [*(f"{key}={value}" for key, value in TINY.items()), "vae=other", "pretrained_model_path=/"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout.startswith("# model: Latte-skip, ")
+    assert done.stderr.startswith("error: no VAE in /other: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["train_scripts/ucf101_train.sh", "sample/scripts/ucf101/ucf101_skip.sh"])
 def test_one_process_is_started_without_torchrun(tmp_path, script):
     """Which would add its own traceback to a one-line error."""
     [command] = script_commands(tmp_path, script, processes=1)
+    assert command[0] == "python3" and command[-1] == "max_train_steps=7"
+
+
+def test_a_dry_run_is_started_without_torchrun(tmp_path):
+    [command] = script_commands(tmp_path, "train_scripts/ucf101_train.sh", 3, "--dry-run")
     assert command[0] == "python3" and command[-2:] == ["--dry-run", "max_train_steps=7"]
 
 

@@ -4,19 +4,54 @@
     python train.py --config ... dataset=frame_folder data_path=/data/frames             # class folders are kept
     bash train_scripts/taichi_train.sh data_path=/data/frames                            # or sky: without classes
 
-    python tools/convert_videos_to_frames.py data_path=/data/UCF101 frame_data_path=/data/stills stride=5
-    python tools/make_frame_list.py frame_data_path=/data/stills frame_data_txt=/data/stills.txt   # and see its --help
+Stills, and the list of them that training reads as frame_data_txt (without data_path, nothing is converted):
+
+    python tools/convert_videos_to_frames.py data_path=/data/UCF101/videos frame_data_path=/data/UCF101/frames \\
+        stride=5 frame_data_txt=/data/UCF101/frames.txt
+    python tools/convert_videos_to_frames.py frame_data_path=... frame_data_txt=... shuffle_seed=0    # in random order
+    bash train_scripts/ucf101_train.sh data_path=/data/UCF101/videos \\
+        frame_data_path=/data/UCF101/frames frame_data_txt=/data/UCF101/frames.txt
 
 `A/b.avi` becomes the folder `A/b` of 000000.jpg, 000001.jpg, ..., which lies in `{frame_data_path}.partial` until it is
 complete. The same command again converts what is missing (one run at a time). A process holds one frame in memory.
+A line of the list is an image under frame_data_path, relative to it: `A/b/000000.jpg`.
 """
 
-import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import UserError, cli, load_config, option, require_path
+
+
+@dataclass(kw_only=True)
+class FrameOptions:
+    """The conversion, and the list; paths have their names in training"""
+
+    data_path: str | None = option(None, "the videos, at any depth; empty: only the list is written", path=True)
+    frame_data_path: str | None = option(None, "the folder of the frames", path=True)
+    frame_data_txt: str | None = option(None, "the list to write of all images there; empty: none", path=True)
+    shuffle_seed: int | None = option(None, "the list in the random order of this seed; empty: sorted", least=0)
+    image_size: int | None = option(
+        None, "short edge resized to this, a square cut from the centre; empty: as in the video", least=1
+    )
+    fps: float | None = option(None, "frames of a second; empty: as in the video", above=0)
+    stride: int = option(1, "of those, every stride-th", least=1)
+    frame_format: str = option("jpg", "format of a frame; png is exact", choices=("jpg", "png"))
+    quality: int = option(95, "of jpg", least=1, most=100)
+    num_workers: int = option(os.cpu_count, "processes that convert; 0: this one", least=0)
+    max_bad_fraction: float = option(
+        0.1, "an error at the end if more of the videos than this cannot be converted", least=0, most=1
+    )
+
+
+parser = cli.Parser(__doc__, FrameOptions)
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
 
 import av
 import numpy as np
@@ -25,59 +60,43 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import UserError, choice, load_config, path_option, require_path, to_yaml
-from datasets.clips import find_videos, summary
+from configs.files import check_record, write_json, write_text
+from datasets.clips import find_frame_folders, find_videos, summary
+from datasets.readers import IMAGE_SUFFIXES, has_suffix, natural_order
 from datasets.transforms import square
-from tools.common import cli
-from tools.common.records import write_json
+
+RECORD = "frames.json"  # in frame_data_path: the options that its frames were made with
+RECORDED = ("image_size", "fps", "stride", "frame_format", "quality")
 
 
-@dataclass(kw_only=True)
-class FrameOptions:
-    """Options of the conversion."""
+def find_folders(cfg: FrameOptions) -> dict[Path, Path]:
+    """The folder of frames to write for each video -> the video.
 
-    data_path: str | None = path_option()  # the videos, at any depth
-    frame_data_path: str | None = path_option()  # the folder to write
-    image_size: int | None = None  # short edge resized to this, a square cut from the centre; None: as in the video
-    fps: float | None = None  # frames of a second; None: as in the video
-    stride: int = 1  # of those, every stride-th
-    frame_format: str = "jpg"  # jpg | png (exact)
-    quality: int = 95  # of jpg, 1 ... 100
-    num_workers: int = field(default_factory=torch.get_num_threads)  # processes: by default, one for each core
-    max_bad_fraction: float = 0.1  # an error at the end when more of the videos than this cannot be converted
-
-
-def main() -> None:
-    args = cli.Parser(__doc__, FrameOptions).parse_args()
-    cfg = load_config(FrameOptions, args.config, args.overrides)
-    choice("frame_format", cfg.frame_format, ["jpg", "png"])
-    if min(cfg.image_size or 1, cfg.fps or 1, cfg.stride - 1) < 0:
-        raise UserError(f"image_size, fps and stride are above 0, not {cfg.image_size}, {cfg.fps}, {cfg.stride}")
-    if not cfg.frame_data_path:
-        raise UserError("frame_data_path is not set: give the folder to write as frame_data_path=PATH")
-    source, target, videos = require_path(cfg, "data_path"), Path(cfg.frame_data_path), {}
+    Raises:
+        UserError: there are no videos, or the frames of two of them would mix.
+    """
+    source, videos = require_path(cfg, "data_path"), {}
     for video in find_videos(source):  # a.avi comes before a/b.avi
-        folder = target / video.relative_to(source).with_suffix("")
+        folder = Path(cfg.frame_data_path) / video.relative_to(source).with_suffix("")
         if taken := videos.keys() & {folder, *folder.parents}:
             raise UserError(f"data_path: frames of {videos[taken.pop()]} and {video} would mix; rename one of the two")
         videos[folder] = video
     if not videos:
         raise UserError(f"data_path: there are no video files under {source}")
-    if args.dry_run:
-        print(f"{to_yaml(cfg)}{len(videos)} videos, {sum(not folder.exists() for folder in videos)} to convert")
-    else:
-        convert_all(videos, cfg)
+    return videos
 
 
 def convert_all(videos: dict[Path, Path], cfg: FrameOptions) -> None:
-    """Convert those of `videos` (the folder to write -> the file) whose folder is missing."""
-    record = {key: getattr(cfg, key) for key in ("image_size", "fps", "stride", "frame_format", "quality")}
-    made, staging = Path(cfg.frame_data_path, "frames.json"), Path(f"{cfg.frame_data_path}.partial")
-    if made.is_file() and json.loads(made.read_text()) != record:
-        raise UserError(f"frame_data_path: {made} names other options than now, {record}; give another folder")
-    write_json(made, record)
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left; not in frame_data_path, where loaders look
+    """Converts those of `videos` (the folder to write -> the file) whose folder is missing.
+
+    Raises:
+        UserError: frame_data_path was made with other options, or too many videos cannot be converted.
+    """
+    record, settings = Path(cfg.frame_data_path, RECORD), {key: getattr(cfg, key) for key in RECORDED}
+    if not check_record(record, settings, "frame_data_path"):
+        write_json(record, settings)
+    staging = Path(f"{cfg.frame_data_path}.partial")  # not in frame_data_path, where loaders look
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     jobs = [(video, folder, staging, cfg) for folder, video in videos.items() if not folder.exists()]
     # A loader is a pool of processes, each side of which notices the other's end; collate_fn is what they do.
     loader = DataLoader(jobs, batch_size=None, collate_fn=convert, num_workers=cfg.num_workers, in_order=False)
@@ -92,29 +111,14 @@ def convert_all(videos: dict[Path, Path], cfg: FrameOptions) -> None:
 
 
 def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
-    """Write all frames of a video, or none -> why that is; decodes in one pass, where clips.read_video seeks."""
+    """Writes all chosen frames of a video, or none; returns None, or the video and why it failed."""
     video, folder, staging, cfg = job
-    unfinished, start, written = staging / str(os.getpid()), None, 0
+    unfinished, written = staging / str(os.getpid()), 0
     try:
         unfinished.mkdir(parents=True)
-        with av.open(str(video)) as container:
-            stream = container.streams.video[0]
-            codec = stream.codec_context
-            if codec is None:
-                raise ValueError("FFmpeg does not know its codec")
-            codec.thread_count = 1  # the processes are the parallelism
-            even = codec.has_b_frames and container.format.name == "avi"  # whose times are those of decoding
-            for i, frame in enumerate(container.decode(stream)):
-                now = i / float(stream.average_rate) if even else frame.time
-                start = now if start is None else start
-                tick = int((now - start + 0.006) * cfg.fps) if cfg.fps else i  # .gif rounds times to 0.01 s
-                while written * cfg.stride <= tick:  # more than once where the video is slower than fps
-                    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()  # (H, W, 3)
-                    if cfg.image_size:
-                        pixels = square(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False)
-                        pixels = pixels.permute(1, 2, 0).numpy()
-                    Image.fromarray(pixels).save(unfinished / f"{written:06d}.{cfg.frame_format}", quality=cfg.quality)
-                    written += 1
+        for image in chosen_frames(video, cfg):
+            image.save(unfinished / f"{written:06d}.{cfg.frame_format}", quality=cfg.quality)
+            written += 1
         if not written:
             raise ValueError("no frames")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +127,64 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
         return f"{video}: {type(error).__name__} ({getattr(error, 'strerror', None) or error})"
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def chosen_frames(video: Path, cfg: FrameOptions) -> Iterator[Image.Image]:
+    """The frames of a video that fps and stride choose, in one pass over the file, where `read_video` seeks."""
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise ValueError("FFmpeg does not know its codec")
+        codec.thread_count = 1  # the processes are the parallelism
+        even = codec.has_b_frames and container.format.name == "avi"  # whose times are those of decoding
+        start, count = None, 0
+        for i, frame in enumerate(container.decode(stream)):
+            now = i / float(stream.average_rate) if even else frame.time
+            start = now if start is None else start
+            tick = int((now - start + 0.006) * cfg.fps) if cfg.fps else i  # .gif rounds times to 0.01 s
+            while count * cfg.stride <= tick:  # more than once where the video is slower than fps
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()  # (H, W, 3)
+                if cfg.image_size:
+                    pixels = square(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False)
+                    pixels = pixels.permute(1, 2, 0).numpy()
+                yield Image.fromarray(pixels)
+                count += 1
+
+
+def list_frames(root: Path, shuffle_seed: int | None = None) -> list[str]:
+    """Every image under `root`, relative to it: by folder and number, or in the random order of `shuffle_seed`.
+
+    Raises:
+        UserError: there are none.
+    """
+    lines = []
+    for folder in find_frame_folders(root):
+        names = [path.name for path in folder.iterdir() if has_suffix(path.name, IMAGE_SUFFIXES)]
+        lines += [(folder / name).relative_to(root).as_posix() for name in sorted(names, key=natural_order)]
+    if not lines:
+        raise UserError(f"frame_data_path: there are no images under {root}")
+    if shuffle_seed is not None:
+        lines = [lines[i] for i in np.random.default_rng(shuffle_seed).permutation(len(lines))]
+    return lines
+
+
+def main() -> None:
+    args = parser.parse_args()
+    cfg = load_config(FrameOptions, args.config, args.overrides)
+    if not cfg.frame_data_path:
+        raise UserError("frame_data_path is not set: give the folder of the frames as frame_data_path=PATH")
+    videos = find_folders(cfg) if cfg.data_path or not cfg.frame_data_txt else {}
+    if args.dry_run:
+        lines = [f"{len(videos)} videos, {sum(not folder.exists() for folder in videos)} to convert"]
+        return cli.dry_run(cfg, lines + [f"list of the frames: {cfg.frame_data_txt}"] * bool(cfg.frame_data_txt))
+
+    if videos:
+        convert_all(videos, cfg)
+    if cfg.frame_data_txt:
+        lines = list_frames(Path(cfg.frame_data_path), cfg.shuffle_seed)
+        write_text(cfg.frame_data_txt, "\n".join(lines) + "\n")
+        print(f"{cfg.frame_data_txt}: {len(lines)} images")
 
 
 if __name__ == "__main__":

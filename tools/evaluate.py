@@ -1,4 +1,4 @@
-"""FVD, FID, KID, IS, video IS and an offline proxy, of videos or of a checkpoint, with what makes scores comparable.
+"""FVD, FID, KID, IS, video IS and an offline proxy, of videos or of a checkpoint, with the facts that scores depend on.
 
     python tools/evaluate.py metrics=fvd real_path=/data/UCF101 fake_path=sample_videos/ucf101_cache
     torchrun --standalone --nproc_per_node=8 tools/evaluate.py metrics=fvd,fid,kid,is,video_is \\
@@ -8,25 +8,27 @@
 
   fvd       Fréchet distance of I3D features, StyleGAN-V's protocol: 2048 fake clips of 16 frames against up to 2048
             real ones, a random window at real_stride of each training video; videos too short for that are dropped.
-            Published figures: real_stride=3 (Taichi 6). Covariances are over N - 1, as in FID; StyleGAN-V's over N.
+            Published scores use real_stride=3 (Taichi 6). Covariances are over N - 1, as in FID; StyleGAN-V's over N.
   fid, kid  Fréchet distance and MMD of Inception features, over all frames of the same clips
   is        Inception score of the frames; video_is: of the clips, by the classes of a C3D (UCF101)
-  proxy     Fréchet distance over 80 EfficientNet features that see texture and motion; no FVD, and not comparable
-            with one, but its weights come with a package
+  proxy     Fréchet distance over 80 EfficientNet features that see texture and motion. Its weights come with a package.
+            It is no FVD, and does not compare with one
 
 real_path and fake_path hold video files or folders of frames, flat or nested. `generate` samples in memory instead of
 reading fake_path: pixels are rounded to 8 bits as for a file, so only the compression of an mp4 makes a difference.
-Which clips are used (when there are more than asked for) and where their windows begin depends on the seed and on
-their names alone, not on folders, listing order or number of processes.
+The seed and the names of the clips settle which clips are used (if there are more than asked for) and where their
+windows begin. Folders, the order of a listing and the number of processes change nothing.
 
-A Fréchet distance is the higher, the fewer the clips. Its 95 % interval is the spread of the distance when the fakes
-are drawn anew, with replacement, put around the figure; its bias is how far the mean of such draws lies above the
-figure, about as far as the figure lies above that of infinitely many fakes. Compare figures of equal numbers of clips.
+Fewer clips give a higher Fréchet distance. Its 95 % interval comes from draws of the fakes with replacement: it is the
+spread of their distances, centred on the score. Its bias says how far the mean of these draws lies above the score. The
+score lies about as far above the score of infinitely many fakes. Compare scores of equal numbers of clips.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,13 @@ PROTOCOL = {  # of published numbers; stride 6 is Taichi's
 
 
 def check(cfg: EvaluateConfig) -> None:
-    """Raises UserError for options that make no sense together."""
+    """Raises UserError for options that make no sense together, and for paths that cannot be written."""
     cfg.metric_names()
     check_writable(cfg, "output")
     if cfg.feature_path:
         check_writable(cfg, "feature_path", folder=True)
     if bool(cfg.fake_path) == bool(cfg.generate):
-        raise UserError("give either fake_path=FOLDER or generate=YAML: what is to be judged")
+        raise UserError("give either fake_path=FOLDER or generate=YAML: the videos to evaluate")
     if cfg.sample and not cfg.generate:
         raise UserError("sample: these options are for generate=YAML, which is not given")
 
@@ -100,7 +102,7 @@ def evaluate(
 
 
 def find_caveats(record: dict[str, Any], cfg: EvaluateConfig) -> list[str]:
-    """What a reader of the scores must know, a line each."""
+    """The caveats that a reader of the scores must know, a line each."""
     lines = []
     for metric, row in record["metrics"].items():
         few, width = min(row["fake_rows"], row.get("real_rows", row["fake_rows"])), row["width"]
@@ -129,7 +131,7 @@ def find_caveats(record: dict[str, Any], cfg: EvaluateConfig) -> list[str]:
 
 
 def report(record: dict[str, Any], cfg: EvaluateConfig) -> str:
-    """The scores, and below them what another run must share for its scores to compare with these."""
+    """The scores as text, and below them the facts that a run must share with this one for its scores to compare."""
     lines = []
     for metric, row in record["metrics"].items():
         line = f"{metric:9} {row['value']:10.4f}"
@@ -155,7 +157,7 @@ def report(record: dict[str, Any], cfg: EvaluateConfig) -> str:
 def describe(
     cfg: EvaluateConfig, real: VideoFiles | None, fake: VideoFiles | SampledClips, env: Environment
 ) -> list[str]:
-    """What will run, a line each."""
+    """Lines that say what will run."""
     lines = [f"real: {len(real)} videos in {real.root}"] if real else []
     if isinstance(fake, VideoFiles):
         lines.append(f"fake: {len(fake)} videos in {fake.root}")
@@ -163,10 +165,21 @@ def describe(
         lines += [*describe_run(fake.sampling, [fake.plan], env.device), f"fake: {len(fake)} clips of it"]
     for name in detectors_of(cfg):
         if name in DETECTORS:
-            path = getattr(cfg, name) or Path(cfg.detector_path) / DETECTORS[name].name
-            state = "is there" if Path(path).exists() else f"to be fetched from {DETECTORS[name].url}"
-            lines.append(f"{name}: {path} {state}")
+            given = getattr(cfg, name)
+            path = Path(given or Path(cfg.detector_path, DETECTORS[name].name))
+            absent = "is missing" if given else f"to be fetched from {DETECTORS[name].url}"
+            lines.append(f"{name}: {path} {'is there' if path.exists() else absent}")
     return lines
+
+
+def input_checks(cfg: EvaluateConfig, fake: VideoFiles | SampledClips) -> list[Callable[[], object]]:
+    """Functions that raise UserError if a file that the evaluation reads is missing; VideoFiles checks its own folder.
+
+    A run calls them before it reads a clip: features of a real set take hours.
+    """
+    checks = [] if isinstance(fake, VideoFiles) else file_checks(fake.sampling)
+    given = {name: getattr(cfg, name, None) for name in detectors_of(cfg)}
+    return checks + [partial(find_detector, name, path, Path()) for name, path in given.items() if path]
 
 
 def main() -> None:
@@ -180,9 +193,12 @@ def main() -> None:
             fake = SampledClips(cfg, env.device)
         else:
             fake = VideoFiles(cfg, "fake_path", cfg.num_fake, cfg.fake_stride)
+        checks = input_checks(cfg, fake)
         if args.dry_run:
-            cli.dry_run(cfg, describe(cfg, real, fake, env), file_checks(fake.sampling) if cfg.generate else [])
+            cli.dry_run(cfg, describe(cfg, real, fake, env), checks)
             return
+        for check_file in checks:
+            env.from_first(check_file)
         record = evaluate(cfg, real, fake, env)
         if record:
             print(report(record, cfg))

@@ -6,41 +6,42 @@
 Every program reads the result as its `ckpt`, and computes in the type of its own `precision`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import UserError, cli
+
+parser = cli.Parser(__doc__)
+parser.add_argument("checkpoint", type=Path, help="a .pt or .safetensors file")
+parser.add_argument("output", type=Path, help="the .safetensors file to write")
+parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the file (default: fp32)")
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
+
 from safetensors.torch import save_file
 
-from configs import UserError
-from models.checkpoint import atomic_path, load_state_dict
-from sample.pipeline import DTYPES
-from tools.common import cli
+from configs.files import atomic_path
+from models.checkpoint import load_state_dict
+from models.hardware import DTYPES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="fp32", help="how the weights are stored (default: fp32)"
-    )
     args = parser.parse_args()
     if args.output.suffix != ".safetensors":
         raise UserError(f"{args.output} should end in .safetensors")
-    export(args.checkpoint, args.output, args.dtype)
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
-
-
-def export(checkpoint: Path, output: Path, dtype: str) -> None:
-    """Copy the weights at `checkpoint` to `output`, in the type named `dtype`."""
-    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in load_state_dict(checkpoint).items()}
+    state = load_state_dict(args.checkpoint)
+    weights = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in state.items()}
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{checkpoint}: {len(broken)} weights are not finite in {dtype}, {broken[0]} the first of them")
-    with atomic_path(output) as temporary:
+        counted = f"{len(broken)} weights are not finite in {args.dtype}"
+        raise UserError(f"{args.checkpoint}: {counted}, {broken[0]} the first of them")
+    if args.dry_run:
+        print(f"would write {len(weights)} tensors in {args.dtype} to {args.output}")
+        return
+    with atomic_path(args.output) as temporary:
         save_file(weights, temporary)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far cached clips are from their uncached twins, beside clips of fewer steps at the same cost.
+"""Fidelity of cached clips to their uncached twins, beside clips of fewer steps at the same cost.
 
     python tools/fidelity.py --cache N2 N3 N4 N5 N6 num_clips=70 seed=10000       # the demo
     python tools/fidelity.py --cache N2 N4 sample_method=ddpm num_sampling_steps=250 controls=False
@@ -9,15 +9,16 @@ A clip's twin has its seed and label and is sampled uncached. Clips are compared
 (tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and flicker, the
 error of frame differences. Each plan has a control: the uncached sampler with as many steps as cost the plan's MACs.
 
-A solver that draws no noise on its way (ddim with eta=0, dpmsolver++, unipc) leads a seed to nearly the same clip in
-fewer steps, so controls pair with the twins. One that draws at every step (ddpm) draws other noise in fewer steps:
-its controls do not pair and have no metrics against the twins. They compare with the plans by proxy distances
-(Fréchet distance of tools/metrics/efficientnet.py, no FVD) of sets that share no noise: to the uncached clips of the
-other half of the seeds, where the row "uncached" shows how far equals are, and to the real clips in real_path.
+Some solvers draw no noise after the first step (ddim with eta=0, dpmsolver++, unipc). They lead a seed to nearly the
+same clip in fewer steps, so controls pair with the twins. Other solvers draw noise at every step (ddpm), and draw other
+noise in fewer steps. Their controls do not pair and have no metrics against the twins; they compare with the plans by
+proxy distances of sets that share no noise (Fréchet distance of tools/metrics/efficientnet.py, no FVD). One is the
+distance to the uncached clips of the other half of the seeds; its row "uncached" shows how far apart equal sets are.
+The other is the distance to the real clips in real_path.
 
-Writes to `output`: fidelity.md, fidelity.json with the metrics of each clip, and as it goes clips/ (a line for each
-batch sampled, and the twins' latents). The same command again does only what is missing; so do other plans, steps,
-guidance or seeds in the same folder, also those of tools/sweep.py. Other settings need another folder.
+The program writes to `output`: fidelity.md, fidelity.json with the metrics of each clip, and clips/, which grows during
+the run (a line for each batch, and the twins' latents). The same command again measures only what is missing. Other
+plans, steps, guidance or seeds add to the same folder, and so does tools/sweep.py. Other settings need another folder.
 """
 
 import sys
@@ -35,7 +36,7 @@ from tools.metrics.options import MeasureConfig
 class FidelityConfig(MeasureConfig):
     """Fidelity to the uncached run."""
 
-    controls: bool = option(True, "also the uncached sampler with as few steps as cost a plan's MACs")
+    controls: bool = option(True, "measure also the uncached sampler at each plan's MACs, with fewer steps")
 
 
 parser = cli.Parser(__doc__, FidelityConfig, DEMO)

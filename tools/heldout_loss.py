@@ -1,58 +1,55 @@
-"""The loss of finished checkpoints on the same clips with the same noise, side by side: held-out clips, say.
+"""Compare the losses of finished checkpoints, on the same clips with the same noise.
 
     python tools/heldout_loss.py --model Skip-DiT=skip.pt --model Latte=latte.pt data_path=datasets/demo/test
     python tools/heldout_loss.py --config configs/sky/sky_train.yaml --model A=a.pt --model B=b.pt data_path=/data/test
 
 The models are those of the configuration, each with as many skips as its checkpoint has; weights are the EMA, in fp32.
-Each clip is noised at the middle of each of `--timesteps` equal parts of the schedule. Clips are spread evenly over the
-files; figures are means over clips, ± half of the 95 % interval (Student's t), and so are the
-differences to the first model, clip by clip.
+Clips are spread evenly over the files. Each one is noised at the middle of each of num_timesteps equal parts of the
+schedule. The table holds means over clips, ± half of the 95 % interval (Student's t), and the same of the differences
+to the first model, clip by clip.
 Letters: N clips, B batch, F frames, K timesteps, C channels of the latents.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import ROOT, TrainConfig, cli, load_config, option, require_path
+
+
+@dataclass(kw_only=True)
+class HeldoutConfig(TrainConfig):
+    """The comparison."""
+
+    num_clips: int = option(84, "at most so many clips", least=2)
+    num_timesteps: int = option(8, "timesteps of each clip", least=2)
+
+
+parser = cli.Parser(__doc__, HeldoutConfig, config=str(ROOT / "configs/demo/demo_train.yaml"))
+parser.add_argument("--model", action="append", required=True, metavar="NAME=CKPT", help="repeat it to compare")
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import ROOT, TrainConfig, UserError, load_config, to_yaml
+from configs.tables import markdown_table
 from datasets import collate, get_dataset
-from diffusion import create_diffusion
+from diffusion import make_diffusion
 from models import get_models
-from models.autoencoder import load_codec
-from models.checkpoint import load_checkpoint
-from models.latte import Latte, fastest_attention
-from tools.common import cli
-from tools.common.fidelity import mean_and_margin
-from tools.fidelity import markdown, plus_minus
-from tools.stability import count_skips, named_checkpoints
+from models.autoencoder import load_codec, vae_file
+from models.checkpoint import count_skips, load_checkpoint
+from models.hardware import default_device, fastest_attention
+from models.latte import Latte
+from tools.common.models import named_checkpoints
+from tools.metrics.statistics import mean_and_margin, plus_minus
 
 
-def main() -> None:
-    parser = cli.Parser(__doc__, TrainConfig, config=str(ROOT / "configs/demo/demo_train.yaml"))
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=CKPT", help="repeat it to compare")
-    parser.add_argument("--clips", type=int, default=84, help="at most so many clips (default: 84)")
-    parser.add_argument("--timesteps", type=int, default=8, help="of each clip (default: 8)")
-    args = parser.parse_args()
-    for key in ("clips", "timesteps"):
-        if getattr(args, key) < 2:
-            raise UserError(f"--{key}: {getattr(args, key)} is less than 2")
-    cfg = load_config(TrainConfig, args.config, args.overrides)
-    cfg = replace(cfg, latents_path=None, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))
-    if args.dry_run:
-        print(to_yaml(cfg))
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {name: load_model(cfg, ckpt, device) for name, ckpt in named_checkpoints(args.model).items()}
-    print(table(losses(cfg, models, args.clips, args.timesteps, device)))
-
-
-def load_model(cfg: TrainConfig, ckpt: str, device: torch.device) -> Latte:
+def load_model(cfg: HeldoutConfig, ckpt: str, device: torch.device) -> Latte:
+    """The model of `cfg` with the weights and the number of skips of `ckpt`, in eval mode."""
     with torch.device(device):
         model = get_models(replace(cfg, num_skips=count_skips(ckpt)))
     load_checkpoint(model, ckpt)
@@ -61,43 +58,52 @@ def load_model(cfg: TrainConfig, ckpt: str, device: torch.device) -> Latte:
 
 
 @torch.no_grad()
-def losses(
-    cfg: TrainConfig, models: dict[str, Latte], clips: int, timesteps: int, device: torch.device
-) -> dict[str, Tensor]:
+def measure_losses(cfg: HeldoutConfig, models: dict[str, Latte], device: torch.device) -> dict[str, Tensor]:
     """The loss of each model at each clip and timestep, (N, K)."""
-    dataset, codec = get_dataset(cfg), load_codec(cfg, device)
-    diffusion = create_diffusion("", cfg.noise_schedule, cfg.prediction, cfg.learn_sigma, False, cfg.diffusion_steps)
-    chosen = np.linspace(0, len(dataset) - 1, min(clips, len(dataset))).round().astype(int)  # (N,)
+    dataset, codec, diffusion = get_dataset(cfg), load_codec(cfg, device), make_diffusion(cfg)
+    K = cfg.num_timesteps
+    chosen = np.linspace(0, len(dataset) - 1, min(cfg.num_clips, len(dataset))).round().astype(int)  # (N,)
     generator = torch.Generator().manual_seed(cfg.global_seed)
-    rows: dict[str, list[Tensor]] = {name: [] for name in models}
+    losses: dict[str, list[Tensor]] = {name: [] for name in models}
     for index in tqdm(chosen, unit="clip"):
         batch = collate([dataset[0, int(index)]])
-        x = codec.encode(batch["video"].to(device)).expand(timesteps, -1, -1, -1, -1)  # (K, F, C, h, w)
-        t = ((torch.arange(timesteps, device=device) + 0.5) * diffusion.num_timesteps / timesteps).long()  # (K,)
+        x = codec.encode(batch["video"].to(device)).expand(K, -1, -1, -1, -1)  # (K, F, C, h, w)
+        t = ((torch.arange(K, device=device) + 0.5) * diffusion.num_timesteps / K).long()  # (K,)
         noise = torch.randn(x.shape, generator=generator).to(device)
-        labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device).expand(timesteps)}
+        labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device).expand(K)}
         for name, model in models.items():
-            rows[name].append(diffusion.training_losses(model, x, t, labels, noise)["loss"].cpu())
-    return {name: torch.stack(each) for name, each in rows.items()}
+            losses[name].append(diffusion.training_losses(model, x, t, labels, noise)["loss"].cpu())
+    return {name: torch.stack(each) for name, each in losses.items()}
 
 
-def table(figures: dict[str, Tensor]) -> str:
-    """Markdown, a line for each model."""
-    first, base = next(iter(figures.items()))
+def table(losses: dict[str, Tensor]) -> str:
+    """A row for each model, in Markdown; `losses` are (N, K) by the model's name."""
+    first, base = next(iter(losses.items()))
 
-    def shown(values: Tensor) -> str:
+    def mean_over_clips(values: Tensor) -> str:
         return plus_minus(mean_and_margin(values.mean(1).tolist()), 4)
 
-    return markdown(
-        [
-            {
-                "": name,
-                f"loss of {len(base)} clips": shown(values),
-                f"above {first}'s": shown(values - base) if name != first else "",
-            }
-            for name, values in figures.items()
-        ]
-    )
+    rows = []
+    for name, values in losses.items():
+        above = mean_over_clips(values - base) if name != first else ""
+        rows.append({"": name, f"loss of {len(base)} clips": mean_over_clips(values), f"above {first}'s": above})
+    return markdown_table(rows)
+
+
+def main() -> None:
+    args = parser.parse_args()
+    cfg = load_config(HeldoutConfig, args.config, args.overrides)
+    cfg = replace(cfg, latents_path=None, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))
+    checkpoints = named_checkpoints(args.model)
+    device = default_device()
+    if args.dry_run:
+        lines = [f"the loss of {', '.join(checkpoints)} on {cfg.num_clips} clips x {cfg.num_timesteps} timesteps"]
+        checks = [lambda: require_path(cfg, "data_path"), lambda: vae_file(cfg)]
+        checks += [lambda ckpt=ckpt: count_skips(ckpt) for ckpt in checkpoints.values()]
+        return cli.dry_run(cfg, lines, checks)
+
+    models = {name: load_model(cfg, ckpt, device) for name, ckpt in checkpoints.items()}
+    print(table(measure_losses(cfg, models, device)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How the proxy distance of tools/evaluate.py answers to faults: one half of real clips against the other, spoiled.
+"""The response of tools/evaluate.py's proxy distance to faults: one half of real clips against the other, spoiled.
 
     python tools/proxy_response.py                                       # the demo's train clips: the README's table
     python tools/proxy_response.py real_path=/data/UCF101 real_stride=3 image_size=256 num_real=400
 
-The rows: that half as it is (and the range over 20 other ways to halve the set), blurred, with Gaussian noise, with
-frames shuffled within windows, with frames that repeat. The columns: the proxy, and its two halves, means over time and
-means of |difference in time|. The same command prints the same table.
+The rows are that half as it is (and the range over 20 other ways to halve the set), blurred, with Gaussian noise, with
+frames shuffled within windows, and with frames that repeat. The columns are the proxy and its two halves: means over
+time, and means of |difference in time|. The same command prints the same table.
 Letters: N clips, F frames, S pixels of a side, D proxy features.
 """
 
@@ -48,15 +48,17 @@ FEWEST = 4  # two in each half
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
+    """Blurs each frame with a Gaussian of `sigma` pixels."""
     return gaussian_blur(x, [2 * int(3 * sigma + 0.5) + 1] * 2, [sigma] * 2)
 
 
 def noise(x: Tensor, sigma: float) -> Tensor:
+    """Adds Gaussian noise of `sigma` grey levels."""
     return x + sigma / 127.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
 
 
 def shuffle(x: Tensor, size: int) -> Tensor:
-    """Each clip has its own disorder within windows of `size` frames."""
+    """Shuffles the frames within windows of `size` frames, each clip in its own way."""
     F, generator = x.shape[1], torch.Generator().manual_seed(3)
     orders = [
         torch.cat([i + torch.randperm(min(size, F - i), generator=generator) for i in range(0, F, size)]) for _ in x
@@ -65,6 +67,7 @@ def shuffle(x: Tensor, size: int) -> Tensor:
 
 
 def repeat(x: Tensor, times: int) -> Tensor:
+    """Shows the first of every `times` frames `times` times."""
     return x[:, torch.arange(x.shape[1]) // times * times]
 
 
@@ -77,13 +80,13 @@ FAULTS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] =
 
 
 def response_table(source: VideoFiles, device: torch.device) -> str:
-    """The table.
+    """A Markdown table of proxy distances, a row for each fault and a column for each part of the features.
 
     Raises:
-        UserError: fewer than four clips can be used.
+        UserError: fewer than four clips are usable.
     """
     (read,) = source.batches([range(min(len(source), source.wanted))])
-    clips = [clip for clip in read if isinstance(clip, Tensor)]  # without what is broken or short
+    clips = [clip for clip in read if isinstance(clip, Tensor)]  # without the broken and the short
     if len(clips) < FEWEST:
         reason = next((f": {clip}" for clip in read if not isinstance(clip, Tensor)), "")
         raise UserError(f"{source.key}: {len(clips)} of {len(read)} videos can be used, {FEWEST} are needed{reason}")
@@ -91,7 +94,7 @@ def response_table(source: VideoFiles, device: torch.device) -> str:
     bar = tqdm(total=(1 + sum(len(degrees) for _, degrees in FAULTS.values()) / 2) * len(videos), unit="clip")
 
     def features(x: Tensor) -> Tensor:
-        """(N, F, 3, S, S) -> (N, D), of pixels rounded to 8 bits as in a file."""
+        """Proxy features (N, D) of clips (N, F, 3, S, S), whose pixels are rounded to 8 bits as in a file."""
         rows = []
         for batch in ((x.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1).split(size):
             rows.append(proxy(batch.to(device)))
@@ -99,7 +102,7 @@ def response_table(source: VideoFiles, device: torch.device) -> str:
         return torch.cat(rows)
 
     def distances(a: Tensor, b: Tensor) -> list[float]:
-        """Of all features, of the means over time, of the differences in time."""
+        """The distances of all features, of the means over time, and of the differences in time."""
         return [frechet_distance(a[:, part], b[:, part]) for part in (slice(None), slice(40), slice(40, None))]
 
     def row(title: str, columns: list[list[float]]) -> dict[str, str]:

@@ -1,24 +1,24 @@
-"""How stable a model's features are: the analysis of the Skip-DiT paper (arXiv:2411.17616), also of twins side by side.
+"""Stability of a model's features: the analysis of the Skip-DiT paper (arXiv:2411.17616), of one model or of several.
 
     python tools/stability.py                                                  # the demo's Skip-DiT
     python tools/stability.py --model Skip-DiT=skip.pt --model Latte=latte.pt  # twins, alike but for their skips
     python tools/stability.py --config configs/ucf101/ucf101_sample_skip.yaml num_clips=4 points=2 precision=bf16
 
-Three questions, answered in cosine similarities over the width, averaged over tokens and clips:
-  neighbours  How alike are the features of neighbouring steps, by layer and timestep? Of each layer's output, as in the
-              paper, and of its update: what attention and MLP add to the layer's input. Outputs carry the position
-              embeddings, which stay the same at every step and make them alike; updates do not.
+The program answers three questions in cosine similarities over the width, averaged over tokens and clips:
+  neighbours  How alike are the features of neighbouring steps, by layer and timestep? It compares each layer's output,
+              as the paper does, and its update, which attention and MLP add to the layer's input. Outputs carry the
+              position embeddings, which are the same at every step and make outputs alike; updates do not.
   cached      How alike are the deep feature that Skip-Cache reuses (it enters the outer tail) and that of a full step?
-              By its age in steps along the uncached run, also of a Latte, where no cache can run; and along the run
-              that really is cached. The plan is that of the options, with cache.interval=4 if they have none; means by
-              age are over the steps that it could cache with some interval.
+              It compares them by age in steps along the uncached run, also for a Latte, which cannot run a cache, and
+              along the cached run. The plan is that of the options, with cache.interval=4 if they have none. Means by
+              age are over the steps that this plan could cache with some interval.
   landscape   How alike are the features of weights theta + a u + b v and of theta? u and v are random directions, each
               filter as long as the model's own; biases and norms stay (Li et al. 2018, arXiv:1712.09913, section 4).
-              Of the deep feature, the last layer's output, and the prediction, whose frames are the tokens. Of a
-              Skip-DiT once more with only its trunk moved: the weights that a Latte has, too.
+              It compares the deep feature, the last layer's output, and the prediction, whose tokens are frames. A
+              Skip-DiT has a second landscape, in which only its trunk moves: the weights that a Latte also has.
               The inputs are those of the uncached run at a quarter, a half and three quarters of its steps.
-The models sample the same seeds with the same options, in fp32 unless `precision` says otherwise. With guidance, the
-rows with a label count. Writes {neighbours,cached,landscape}.png and stability.json.
+The models sample the same seeds with the same options, in fp32 unless `precision` says otherwise. With guidance, only
+the rows with a label count. The program writes {neighbours,cached,landscape}.png and stability.json to `output`.
 Letters: N clips of a batch, F frames, T tokens of a frame, D width, L layers, S steps, K ages, P points of a direction.
 """
 
@@ -41,8 +41,8 @@ class StabilityConfig(SampleConfig):
     """The analysis."""
 
     num_clips: int = option(7, "seeds seed, seed + 1, ...", least=1)
-    radius: float = option(0.5, "of the landscape; 1: a filter's length", above=0)
-    points: int = option(5, "of the landscape to each side of 0", least=1)
+    radius: float = option(0.5, "largest |a| and |b| of the landscape; 1: a filter's length", above=0)
+    points: int = option(5, "points of the landscape to each side of 0", least=1)
     output: str = option("results/stability", "the folder to write", path=True)
 
 
@@ -56,9 +56,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import write_json
+from configs.files import check_writable, write_json
 from configs.tables import markdown_table
 from diffusion import make_diffusion
+from models import meta_model
 from models.checkpoint import count_skips
 from models.hardware import default_device
 from models.latte import Latte
@@ -89,23 +90,32 @@ def configure(
 
     Args:
         wanted: NAME=CKPT each; None: the model of `cfg`.
+
+    Raises:
+        UserError: a checkpoint is missing, there are too few steps, the plan caches no step or does not fit a model.
     """
     files = named_checkpoints(wanted or [f"{cfg.model}={require_path(cfg, 'ckpt')}"])
     if cfg.num_sampling_steps <= AGES:
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
-    cache = resolve(cfg, device).cache
-    plan = make_plan(cfg, cache if cache.interval > 1 else replace(cache, interval=INTERVAL))
+    cache, half = resolve(cfg, device).cache, meta_model(cfg).num_layers // 2
+    if cache.depth > half:
+        raise UserError(f"cache.depth: {cache.depth} is outside 1 ... {half}, half of the layers")
+    # The plan of a model with every skip: a Latte cannot run it, but its features are compared all the same.
+    plan = make_plan(replace(cfg, num_skips=half), cache if cache.interval > 1 else replace(cache, interval=INTERVAL))
     if not plan.cached_steps:
         raise UserError(f"cache: {plan.name} runs all {cfg.num_sampling_steps} steps in full: nothing is reused")
     models = {}
     for name, ckpt in files.items():
-        models[name] = resolve(replace(cfg, ckpt=ckpt, num_skips=count_skips(ckpt), cache=UNCACHED), device)
+        own = replace(cfg, ckpt=ckpt, num_skips=count_skips(ckpt), cache=UNCACHED)
+        if own.num_skips:
+            make_plan(own, plan.cache)  # raises if the model has too few skips for it
+        models[name] = resolve(own, device)
     return plan, models
 
 
 def analyse(models: dict[str, StabilityConfig], plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All similarities, as stability.json has them."""
-    cfg = next(iter(models.values()))  # what follows is the same for all
+    """The record in stability.json: all similarities of all models."""
+    cfg = next(iter(models.values()))  # the options below are the same for all models
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     seeds = list(range(cfg.seed, cfg.seed + cfg.num_clips))
     kept = [int(place * len(timesteps)) for place in PLACES]
@@ -123,11 +133,8 @@ def analyse(models: dict[str, StabilityConfig], plan: Plan, device: torch.device
         "landscape_timesteps": [timesteps[step] for step in kept],
         "models": {},
     }
-    pipes = {name: load(each, device) for name, each in models.items()}  # all of them, before hours with the first
+    pipes = {name: load(each, device) for name, each in models.items()}  # load all of them before hours with the first
     for name, pipe in pipes.items():
-        if plan.cache.depth > pipe.model.num_layers // 2:  # of a Latte nobody has asked yet
-            half = pipe.model.num_layers // 2
-            raise UserError(f"cache.depth: {plan.cache.depth} is outside 1 ... {half}, half of the layers")
         model, inputs = compare_steps(pipe, name, seeds, plan, kept)
         for key, still in STILL.items():
             if key == "landscape" or pipe.model.num_skips:
@@ -143,11 +150,13 @@ def compare_steps(
     """Similarities along an uncached run and along the cached one, and the inputs of the steps `kept`.
 
     Returns:
-        outputs, updates: (L, S - 1), steps 1 ... S - 1 with the step before.
-        ages: (K, S), the deep feature with that of 1 ... K steps before; nan where there was none.
-        reused: (S,), the deep feature with that of the plan's last full step; nan at full steps.
-        reused_cached: (S,), along the cached run, with what stands in for it (a forecast, with cache.order); of a model
-            with skips.
+        Nested lists by key, with None for nan:
+            outputs, updates: (L, S - 1), steps 1 ... S - 1 with the step before.
+            ages: (K, S), the deep feature with that of 1 ... K steps before; nan if there was none.
+            reused: (S,), the deep feature with that of the plan's last full step; nan at full steps.
+            reused_cached: (S,), along the cached run: the deep feature with the one that is reused (a forecast, with
+                cache.order). Only of a model with skips.
+        The inputs of each batch at the steps `kept`.
     """
     model, size = pipe.model, pipe.cfg.per_proc_batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
@@ -175,14 +184,14 @@ def over_clips(batches: list[list[Tensor]]) -> Tensor:
 
 
 class Watch:
-    """A model as the denoiser of one sampling run, which compares the features of steps while they pass.
+    """The denoiser of one sampling run: a model that compares the features of each step with those of earlier steps.
 
-    It holds the features of one step, and as many deep ones as there are ages; similarities are (N,) tensors.
+    It holds the features of one step, and the deep features of `AGES` steps; similarities are (N,) tensors.
 
     Args:
         model: the Latte that denoises.
-        clips: N, the rows that count: the first ones of a call.
-        plan: says which steps run in full, and b, the layers after the deep feature.
+        clips: N, the number of rows that count: the first ones of a call.
+        plan: gives the steps that run in full, and b, the number of layers after the deep feature.
         kept: the steps whose inputs are kept.
     """
 
@@ -217,12 +226,12 @@ class Watch:
 
 
 def no_similarity(clips: int) -> Tensor:
-    """(N,) nan, where there is nothing to compare."""
+    """(N,) nan, for a step without a feature to compare with."""
     return torch.full([clips], torch.nan, dtype=torch.float64)
 
 
 def run_layers(model: Latte, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`model(x, t, y)`, each layer's output, and what its attention and MLP added to its input: (B, F, T, D) each."""
+    """`model(x, t, y)`, each layer's output, and each layer's update of its input: (B, F, T, D) each."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
     outputs, updates = [], []
@@ -239,7 +248,7 @@ def run_layers(model: Latte, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Te
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosine over the width, mean over the tokens of a clip: (N, F, T, D) twice -> (N,) on the CPU.
 
-    In float64 and with one square root, so that equal features have exactly 1.
+    float64 and one square root give equal features a similarity of exactly 1.
     """
     a, b = a.double(), b.double()
     dot, squares_a, squares_b = ((p * q).sum(-1) for p, q in ((a, b), (a, a), (b, b)))  # (N, F, T) each
@@ -249,7 +258,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 def watch_cached_run(
     pipe: Pipeline, seeds: list[int], labels: list[int] | None, plan: Plan, on_step: Callable[[], object]
 ) -> list[Tensor]:
-    """(N,) for each step of a cached run: the deep feature that it reuses with what a full step computes."""
+    """Similarities (N,) at each step of a cached run: the deep feature that it reuses with that of a full step."""
     N, similarities = len(seeds), []
 
     def full(*args: Any) -> tuple[Tensor, Tensor]:
@@ -269,11 +278,11 @@ def watch_cached_run(
 def compare_weights(
     model: Latte, name: str, inputs: list[Inputs], depth: int, axis: Tensor, still: tuple[str, ...], seed: int
 ) -> Tensor:
-    """(3, P, P): each of FEATURES at weights theta + axis[i] u + axis[j] v with that at theta."""
+    """Similarities (3, P, P): each of FEATURES at weights theta + axis[i] u + axis[j] v with that at theta."""
     generator = torch.Generator().manual_seed(seed)
     u, v = random_direction(model, still, generator), random_direction(model, still, generator)
     own = [last_features(model, depth, *each) for each in inputs]
-    other = deepcopy(model)  # its weights move, the model's stay
+    other = deepcopy(model)  # only the copy's weights move
     grid = torch.empty(3, len(axis), len(axis), dtype=torch.float64)
     for i, j in tqdm(list(product(range(len(axis)), repeat=2)), desc=name, unit="point"):
         for key in u:
@@ -286,9 +295,10 @@ def compare_weights(
 
 
 def random_direction(model: Latte, still: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """Noise like the weights of two and more dimensions, by name; each filter (row) as long as the model's own.
+    """Noise shaped like the weights of at least two dimensions; each filter (row) is as long as the model's.
 
-    still: how the names of weights begin that are left out.
+    Args:
+        still: weights whose names begin with one of these are left out.
     """
     direction = {}
     for name, weight in model.named_parameters():
@@ -300,7 +310,7 @@ def random_direction(model: Latte, still: tuple[str, ...], generator: torch.Gene
 
 
 def last_features(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What FEATURES names: (N, F, T, D) twice, and the prediction as (N, F, 1, C * H * W)."""
+    """The three FEATURES of a step: (N, F, T, D) twice, and the prediction as (N, F, 1, C * H * W)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
     deep = model.run(range(model.num_layers - depth), x, c, skips)
@@ -310,19 +320,19 @@ def last_features(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | No
 
 
 def to_lists(x: Tensor) -> Any:
-    """Nested lists, with None for nan, which JSON does not have; `from_lists` is the way back."""
+    """`x` as nested lists, with None for nan, which JSON does not have; `from_lists` is the inverse."""
     if x.ndim:
         return [to_lists(row) for row in x]
     return None if x.isnan() else x.item()
 
 
 def from_lists(nested: list[Any]) -> np.ndarray:
-    """The array that `to_lists` made into lists, None as nan."""
+    """The array of which `to_lists` made the lists; None becomes nan."""
     return np.array(nested, dtype=float)
 
 
 def draw_neighbours(record: dict[str, Any], path: Path) -> None:
-    """Maps over layers and timesteps: a column for each model, a row for outputs and one for updates."""
+    """Draws maps over layers and timesteps: a column for each model, a row for outputs and one for updates."""
     from matplotlib.colors import LogNorm
 
     models = record["models"]
@@ -343,7 +353,7 @@ def draw_neighbours(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_cached(record: dict[str, Any], path: Path) -> None:
-    """The deep feature and the one that is reused: by age, and at the cached steps of the plan."""
+    """Draws the similarity of the deep feature to the reused one: by age, and at the cached steps of the plan."""
     figure, ((by_age, by_step),) = new_figure(1, 2, size=(12, 4.4))
     for i, (name, model) in enumerate(record["models"].items()):
         means = 1 - means_by_age(model, record)  # (K,)
@@ -363,7 +373,7 @@ def draw_cached(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_landscape(record: dict[str, Any], path: Path) -> None:
-    """Maps over the two directions: a column for each model, and each trunk moved alone; a row for each feature."""
+    """Draws maps over the two directions: a column for each landscape of each model, a row for each feature."""
     axis, landscapes = record["landscape_axis"], {}
     for name, model in record["models"].items():
         landscapes[name] = model["landscape"]
@@ -382,14 +392,14 @@ def draw_landscape(record: dict[str, Any], path: Path) -> None:
 
 
 def label_timesteps(axes: Any, timesteps: list[int]) -> None:
-    """Real timesteps below an axis of steps."""
+    """Labels an axis of steps with their timesteps."""
     ticks = np.linspace(0, len(timesteps) - 1, num=min(7, len(timesteps))).round().astype(int)
     axes.set_xticks(ticks, [str(timesteps[i]) for i in ticks])
     axes.set_xlabel("timestep, from noise to clean")
 
 
 def summarize(model: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
-    """The similarities of a model that are printed, by what they compare: means, and the least."""
+    """The similarities of a model that are printed, means and least ones, by label."""
     summary = {}
     for key in ("outputs", "updates"):
         summary[f"{key} of layers, step before: mean"] = np.nanmean(from_lists(model[key]))
@@ -406,13 +416,16 @@ def summarize(model: dict[str, Any], record: dict[str, Any]) -> dict[str, float]
 
 
 def means_by_age(model: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
-    """(K,) similarities of the deep feature, over the steps that could be cached; fewer where these come too early."""
+    """Similarities (K,) of the deep feature by age: means over the steps that could be cached.
+
+    There are fewer than K if all of these steps come too early in the run to look so far back.
+    """
     ages = from_lists(model["ages"])[:, record["window"]]
     return np.nanmean(ages[~np.isnan(ages).all(axis=1)], axis=1)
 
 
 def summary_table(record: dict[str, Any]) -> str:
-    """The summaries, a column for each model."""
+    """A Markdown table of the summaries, a column for each model."""
     summaries = {name: model["summary"] for name, model in record["models"].items()}
     rows = []
     for label in dict.fromkeys(label for summary in summaries.values() for label in summary):
@@ -425,6 +438,7 @@ def main() -> None:
     args = parser.parse_args()
     device = default_device()
     cfg = load_config(StabilityConfig, args.config, ["precision=fp32", *args.overrides])
+    check_writable(cfg, "output", folder=True)
     plan, models = configure(cfg, args.model, device)
     lines = [
         f"{name}: {each.num_skips} skips, {describe_run(each, [], device)[0].partition(', ')[2]}"

@@ -4,12 +4,14 @@
     python tools/sweep.py plans=[N2,N3,N4] steps=[50] guidance=[1,2.5] reference=ddim-250 real_path=datasets/demo/test
     torchrun --standalone --nproc_per_node=8 tools/sweep.py --config sweep.yaml     # a YAML may hold the grid, too
 
-Each cell of the grid is held against the uncached run of its own solver, steps and guidance, which is always run; with
-`reference`, also against one uncached run of its guidance, so that different solvers and steps compare; and with
-`real_path`, against real clips by a proxy distance. What the figures are, and which clips pair: tools/fidelity.py.
+Each cell of the grid is compared with the uncached run of its own solver, steps and guidance, which always runs. With
+`reference`, it is also compared with one uncached run of its guidance, so that different solvers and steps compare.
+With `real_path`, it is compared with real clips by a proxy distance. tools/fidelity.py explains the metrics, and which
+clips pair.
 
-Writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips, pareto_proxy.png; as it
-goes, clips/. The same command again does only what is missing, a larger grid what it adds.
+The program writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips,
+pareto_proxy.png; clips/ grows during the run. The same command again measures only what is missing, and a larger grid
+only what it adds.
 """
 
 import csv
@@ -37,7 +39,7 @@ class SweepConfig(MeasureConfig):
     methods: list[str] | None = option(None, "solvers; empty: sample_method")
     steps: list[int] | None = option(None, "sampling steps; empty: num_sampling_steps", least=1)
     guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale")
-    reference: str | None = option(None, "METHOD-STEPS, as ddim-250: uncached, held against all of its guidance")
+    reference: str | None = option(None, "METHOD-STEPS, as ddim-250: an uncached run that all others are compared with")
     output: str = option("results/sweep", "the folder to write", path=True)
 
 
@@ -64,7 +66,7 @@ Series = tuple[str, int, float]  # solver, steps, guidance
 
 
 def make_grid(cfg: SweepConfig) -> list[Task]:
-    """The cells, each once, those that others are held against first."""
+    """The tasks of the grid: each cell once, after the cells that it is compared with."""
     axes = cfg.methods or [cfg.sample_method], cfg.steps or [cfg.num_sampling_steps], cfg.guidance or [cfg.cfg_scale]
     caches = [UNCACHED, *map(parse_plan, cfg.plans)]
     references = {guidance: reference_cell(cfg, guidance) for guidance in axes[2]}
@@ -76,7 +78,7 @@ def make_grid(cfg: SweepConfig) -> list[Task]:
 
 
 def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
-    """The uncached cell that all others of this guidance are held against."""
+    """The uncached cell that all others of this guidance are compared with; None without `reference`."""
     if cfg.reference is None:
         return None
     match = re.fullmatch(r"(.+)-(\d+)", cfg.reference)
@@ -86,7 +88,7 @@ def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """A line for each row. Column {role}_{metric} holds the mean over clips, {role}_{metric}_margin its margin."""
+    """CSV with a line for each row. {role}_{metric} is the mean over clips, {role}_{metric}_margin its margin."""
     lines = []
     for row in rows:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
@@ -107,7 +109,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which (x, y) no other beats in one without losing in the other, less being better, by rising x."""
+    """The indices of the points on the Pareto front, by rising x. Less is better, in x and in y."""
     front, best = [], float("inf")
     for i in sorted(range(len(points)), key=points.__getitem__):
         if points[i][1] < best:
@@ -117,11 +119,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def series(row: Row) -> Series:
+    """The sampler of a row, whatever its plan: the points of one line."""
     return row["method"], row["steps"], row["guidance"]
 
 
 def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
-    """Fidelity and, if there are real clips, the proxy distance against what they cost."""
+    """Draws fidelity over cost and, with real clips, the proxy distance over cost."""
     names = list(dict.fromkeys(map(series, rows)))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     role = "reference" if cfg.reference else "twin"
@@ -145,7 +148,11 @@ def draw(
     comparable: Callable[[Row], Any],
     colours: dict[Series, str],
 ) -> None:
-    """(row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare."""
+    """Draws points (row, y) over MACs and over seconds, with a Pareto front for each set of rows whose y compare.
+
+    Args:
+        comparable: from a row to a key that is equal for rows whose y compare.
+    """
     several = len({row["guidance"] for row, _ in points}) > 1
     figure, (panels,) = new_figure(1, 2, size=(14, 6))
     panels[1].sharey(panels[0])
@@ -174,7 +181,7 @@ def draw(
 
 
 def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
-    """A logarithmic axis for values that span much."""
+    """Makes the axis logarithmic if the largest value is more than 5 times the least."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axis = getattr(axes, f"{which}axis")
@@ -186,10 +193,10 @@ def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
 
 
 def label_points(axes: "Axes", texts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each text beside its (x, y), in its colour, inside the axes and where it covers none before it."""
+    """Writes each (x, y, text, colour) beside its point, inside the axes and, if possible, over no earlier text."""
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # settles the places
+    axes.figure.draw_without_rendering()  # computes the positions
     taken = [Bbox.from_bounds(*axes.transData.transform((x, y)) - 4, 8, 8) for x, y, _, _ in texts]
     for x, y, text, colour in texts:
         for offset in OFFSETS:

@@ -1,9 +1,7 @@
-"""Run folders of a training, `{results_dir}/{index:03d}-{model}-{dataset}/`: logs, and the state to resume from."""
+"""Run folders of a training, `{results_dir}/{index:03d}-{model}-{dataset}/`: logs, and the states to resume from."""
 
-import fcntl
 import json
 import math
-import os
 import pickle
 import time
 from dataclasses import asdict
@@ -11,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from configs import UserError, load_config, to_yaml
-from models.checkpoint import atomic_path, save_checkpoint
+from configs import TrainConfig, UserError, load_config, to_yaml
+from configs.files import check_writable, differences, lock, write_text
+from models.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Options that may change between a run and its continuation: they do not change what is learned. But for one:
-# max_train_steps, where lr_schedule falls; the learning rate goes on as if it had been the new one from the start.
+# Options that may change between a run and its continuation: they do not change what is learned. The exception is
+# max_train_steps, where lr_schedule ends: the learning rate continues as if it had been the new one from the start.
 INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
@@ -30,58 +30,67 @@ INCIDENTAL = {
 
 
 class RunLog:
-    """Lines to the terminal and to `log.txt`, figures to `log.jsonl` and TensorBoard; silent on every rank but 0.
+    """Lines to the terminal and to `log.txt`, metrics to `log.jsonl` and TensorBoard; silent on every rank but 0.
 
     Raises:
-        UserError: another process, still alive, writes this run.
+        UserError: another living process writes this run.
     """
 
     def __init__(self, run: Path, rank: int):
-        self.run, self.silent = run, rank != 0
+        self.run, self.rank = run, rank
         self.board: SummaryWriter | None = None
         self.first_step: int | None = None
-        if not self.silent:
-            self.lock = (run / ".lock").open("a")  # held until the process ends, however it ends
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(f"another process trains in {run}: end it first, or take another results_dir") from None
-            except OSError:  # a file system without locks
-                pass
+        self.lock = None if rank else lock(run / ".lock")
+        if not rank and not self.lock:
+            raise UserError(f"another process trains in {run}: end it first, or take another results_dir")
 
     def rewind(self, step: int) -> None:
-        """Take back the figures of later steps: the run goes on from `step`."""
+        """Removes the metrics of steps after `step`, from which the run continues."""
         self.first_step = step + 1
         path = self.run / "log.jsonl"
-        if not self.silent and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(kept))
+        if not self.rank and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
-    def say(self, line: str) -> None:
-        if not self.silent:
-            line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}"
+    def print(self, message: str) -> None:
+        """Writes a line with the time in front."""
+        if not self.rank:
+            line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
             print(line, flush=True)
             with (self.run / "log.txt").open("a") as file:
                 file.write(line + "\n")
 
-    def report(self, step: int, **figures: float) -> None:
-        """One line of figures, and the same as a line of `log.jsonl` and in TensorBoard's folder."""
-        if self.silent:
+    def report(self, step: int, **metrics: float) -> None:
+        """Writes the metrics of a step: a line of text, a line of `log.jsonl`, and TensorBoard's scalars."""
+        if self.rank:
             return
-        self.say("  ".join([f"step {step}", *(f"{name} {value:.5g}" for name, value in figures.items())]))
+        self.print("  ".join([f"step {step}", *(f"{name} {value:.5g}" for name, value in metrics.items())]))
         with (self.run / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter  # a second's import, for the rank that writes
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
 
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=self.first_step)  # hides later steps
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
 
 
-def find_run(cfg: Any) -> Path | None:
-    """The run to continue: for `resume_from_checkpoint: auto` the newest with the same options, or the folder given."""
+def open_run(cfg: TrainConfig, rank: int) -> RunLog:
+    """The log of the run to continue, or of a new run; every rank gets the same folder."""
+    found: list[Any] = [None, ""]
+    if rank == 0:
+        run = find_run(cfg)
+        reason = "" if run else explain_new_run(cfg)
+        found = [run or create_run(cfg), reason]
+    run, reason = broadcast_object_list(found)
+    log = RunLog(run, rank)
+    if reason:
+        log.print(reason)
+    return log
+
+
+def find_run(cfg: TrainConfig) -> Path | None:
+    """The folder of the run to continue: the one given, or for `auto` the newest of the same options; None: no run."""
     wanted = cfg.resume_from_checkpoint
     if wanted == "no":
         return None
@@ -92,79 +101,83 @@ def find_run(cfg: Any) -> Path | None:
                 f"resume_from_checkpoint: {folder} is no run folder (it has no config.yaml); or give auto, no"
             )
         return folder
-    runs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
-    return next((path.parent for path in runs if not differences(path.parent, cfg)), None)
+    configs = sorted(Path(cfg.results_dir).glob("[0-9][0-9][0-9]*-*/config.yaml"), reverse=True)
+    return next((path.parent for path in configs if not compare_options(path.parent, cfg)), None)
 
 
-def create_run(cfg: Any) -> Path:
-    """A new run folder, with the resolved options in it."""
+def create_run(cfg: TrainConfig) -> Path:
+    """Makes a run folder with the resolved options in it, and returns it."""
+    check_writable(cfg, "results_dir", folder=True)
     root = Path(cfg.results_dir)
     root.mkdir(parents=True, exist_ok=True)
     index = max((int(path.name.split("-")[0]) for path in root.glob("[0-9][0-9][0-9]*-*")), default=-1) + 1
-    run = root / f"{index:03d}-{_kind(cfg)}"
+    run = root / f"{index:03d}-{_model_and_dataset(cfg)}"
     run.mkdir()
-    with atomic_path(run / "config.yaml") as temporary:
-        temporary.write_text(to_yaml(cfg))
+    write_text(run / "config.yaml", to_yaml(cfg))
     return run
 
 
-def why_new(cfg: Any) -> str:
-    """For `auto`: how the newest run but one, of the same model and data set, differs; empty where there is none."""
-    earlier = sorted(Path(cfg.results_dir).glob(f"[0-9][0-9][0-9]*-{_kind(cfg)}/config.yaml"))[:-1]
+def explain_new_run(cfg: TrainConfig) -> str:
+    """How the newest run of the same model and data set differs, where `auto` does not continue it; else empty."""
+    earlier = sorted(Path(cfg.results_dir).glob(f"[0-9][0-9][0-9]*-{_model_and_dataset(cfg)}/config.yaml"))
     if cfg.resume_from_checkpoint != "auto" or not earlier:
         return ""
     run = earlier[-1].parent
-    return (
-        f"a new run, as {run.name} has {'; '.join(differences(run, cfg))} (resume_from_checkpoint={run} continues it)"
-    )
+    return f"a new run, as {run.name} has {compare_options(run, cfg)} (resume_from_checkpoint={run} continues it)"
+
+
+def compare_options(run: Path, cfg: TrainConfig) -> str:
+    """The options that make `run` another training than that of `cfg`, as `key=theirs, not ours; ...`."""
+    try:
+        theirs = load_config(type(cfg), run / "config.yaml")
+    except UserError as error:
+        return f"options of another version of this code ({error})"
+    return differences(asdict(theirs), asdict(cfg), ignore=INCIDENTAL)
+
+
+def resume_states(run: Path) -> list[Path]:
+    """The files of resume states in a run folder, oldest first; a file's stem is its step."""
+    return sorted((run / "resume").glob("*.pt"))
+
+
+def last_saved_step(run: Path | None) -> int:
+    """The step of a run's newest resume state; 0 without a state, or without a run."""
+    return max((int(path.stem) for path in resume_states(run)), default=0) if run else 0
 
 
 def save_state(run: Path, step: int, keep: int, **state: Any) -> None:
-    """Write `resume/{step:07d}.pt` and remove all but the newest `keep`; those of later steps were broken ones."""
+    """Writes `resume/{step:07d}.pt` and removes all but the newest `keep`; states of later steps are unreadable."""
     save_checkpoint(run / "resume" / f"{step:07d}.pt", step=step, **state)
-    states = sorted((run / "resume").glob("*.pt"))
+    states = resume_states(run)
     kept = [path for path in states if int(path.stem) <= step][-keep:]
     for path in set(states) - set(kept):
         path.unlink()
 
 
-def newest_state(run: Path, log: RunLog) -> dict[str, Any] | None:
-    """The newest resume state that can be read; one that cannot is passed over, and said so."""
-    for path in sorted((run / "resume").glob("*.pt"), reverse=True):
+def load_state(log: RunLog) -> dict[str, Any]:
+    """The newest readable resume state of the run, the same on every rank; empty if there is none."""
+    state: dict[str, Any] = {}
+    for path in reversed(resume_states(log.run)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            break
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            log.say(f"passed over {path}, which cannot be read ({str(error).splitlines()[0]})")
-    return None
+            log.print(f"passed over {path}, which cannot be read ({str(error).splitlines()[0]})")
+    step = state.get("step", 0)
+    if broadcast_object_list([step])[0] != step:
+        raise UserError(
+            f"results_dir: process {log.rank} does not see the resume states in {log.run} that process 0 sees"
+        )
+    return state
 
 
-def differences(run: Path, cfg: Any) -> list[str]:
-    """The options that make `run` another training than that of `cfg`, as `key=theirs, not ours`."""
-    try:
-        theirs, ours = asdict(load_config(type(cfg), run / "config.yaml")), asdict(cfg)
-    except UserError as error:
-        return [f"options of another version of this code ({error})"]
-    keys = [key for key in ours if key not in INCIDENTAL and theirs[key] != ours[key]]
-    return [f"{key}={theirs[key]}, not {ours[key]}" for key in keys]
-
-
-def rank() -> int:
-    """Number of this process among those that torchrun started."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """Number of processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _step(line: str) -> float:
-    """The step of a line of `log.jsonl`; infinite for one that a crash cut short."""
+def _step_of(line: str) -> float:
+    """The step of a line of `log.jsonl`; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf
 
 
-def _kind(cfg: Any) -> str:
+def _model_and_dataset(cfg: TrainConfig) -> str:
     return f"{cfg.model.replace('/', '-')}-{cfg.dataset}"

@@ -24,12 +24,12 @@ def create_classifier(num_classes: int, widths: Sequence[int] = (16, 32, 64, 128
 
 
 def blur(x: Tensor, size: int) -> Tensor:
-    """Squares of `size` pixels averaged, then interpolated: (B, F, 3, S, S)."""
+    """`x` (B, F, 3, S, S) with squares of `size` pixels averaged, then interpolated."""
     return F.interpolate(F.avg_pool3d(x, (1, size, size)), size=x.shape[2:], mode="trilinear")
 
 
 def augment(x: Tensor) -> Tensor:
-    """Changes what must not decide on the class: place, blur, colour, noise, any one part of (B, F, 3, S, S)."""
+    """`x` (B, F, 3, S, S) with another place, sharpness, colour, noise, a part hidden: none may decide the class."""
     B, num_frames, _, S, _ = x.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -47,9 +47,9 @@ def augment(x: Tensor) -> Tensor:
 
 
 def spoil(x: Tensor) -> Tensor:
-    """Clips of no class from (B, F, 3, S, S): a quarter each in disorder, blurred, two in one, drowned in noise."""
+    """Clips of no class, made from x (B, F, 3, S, S): a quarter each in disorder, blurred, two in one, under noise."""
     rows, columns = (torch.arange(x.shape[-1]).view(4, -1)[torch.randperm(4)].flatten() for _ in range(2))
-    disorder = x[:, :, :, rows][..., columns]  # four rows and four columns of tiles, dealt anew
+    disorder = x[:, :, :, rows][..., columns]  # four rows and four columns of tiles, shuffled
     noise = 0.3 * x + 0.5 * torch.randn_like(x)
     kinds = [disorder, blur(x, 8), (x + x.roll(1, 0)) / 2, noise]
     return torch.cat([kind[i :: len(kinds)] for i, kind in enumerate(kinds)])
@@ -64,7 +64,7 @@ def train_classifier(
     learning_rate: float,
     seed: int,
 ) -> nn.Sequential:
-    """The classifier, trained on random windows of clips with `labels` (N,); `seed` settles all that is random.
+    """The classifier, trained on random windows of clips with `labels` (N,). Everything random follows from `seed`.
 
     Args:
         draw: from places (N,) in [0, 1) to a window of each clip there, (N, F, 3, S, S) in [-1, 1].

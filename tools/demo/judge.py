@@ -1,20 +1,20 @@
-"""Proxy judge of class-conditional samples of a small data set: the right class? real motion? copies of train clips?
+"""Proxy judge of class-conditional samples of a small data set: right classes, real motion, copies of train clips.
 
     python tools/demo/judge.py                                            # real clips only
     python tools/demo/judge.py samples_path=sample_videos/demo            # a folder of sample/sample_ddp.py
     python tools/demo/judge.py samples_path='results/guidance_*' output=results/guidance.json   # several, a row each
 
-A small classifier is trained (minutes, one core) on the real train clips, and on spoiled ones that belong to no class:
-in disorder, blurred to 8 x 8 pixels, two in one, drowned in noise. Then every set of clips gets a row:
-  accuracy  of the classifier, with a 95 % Wilson interval; a clip that it says is of no class counts as wrong
+The program trains a small classifier (minutes, one core) on the real train clips, and on spoiled ones that belong to no
+class: in disorder, blurred to 8 x 8 pixels, two in one, drowned in noise. Then every set of clips gets a row:
+  accuracy  of the classifier, with a 95 % Wilson interval; a clip that it finds to be of no class counts as wrong
   motion    mean |difference of neighbouring frames|; detail: of neighbouring pixels
   pixels    diversity: mean distance (RMSE) of two clips of a class; features: in the classifier's features
   nearest   mean distance (RMSE) to the nearest train clip at any offset in time; of a train clip to another one
   nearer    share of clips that are nearer to a train clip than every real test clip of their class
-in grey levels, 0 ... 255, as the mean over classes, each also as a ratio ("x") to the real train clips. The rows
-"through VAE" are real clips encoded and decoded: what samples can be at best; with train clips, `nearest` is that of a
-copy. Real test clips are listed by class too: how far a class's figures differ within its own shot. All this is a
-proxy: it compares runs on one data set, and is no FVD.
+Measures are means over classes in grey levels, 0 ... 255, each with its ratio ("x") to the real train clips. The rows
+"through VAE" are real clips encoded and decoded, an upper bound for samples; for train clips, their `nearest` is that
+of a copy. A second table lists the real test clips by class: it shows how much the measures of a class vary within its
+own shot. The judge is a proxy: it compares runs on one data set, and is no FVD.
 
 Samples are {seed}.mp4 with the labels in sample_ddp.json, {seed}_{class}.mp4 of sample/sample.py, or class folders.
 Letters: N clips of a set, B of a batch, F frames, S pixels of a side, O offsets in time, K classes, D features.
@@ -47,7 +47,7 @@ class JudgeConfig:
     epochs: int = option(20, "of the classifier's training", least=1)
     batch_size: int = option(16, "clips of a step", least=1)
     learning_rate: float = option(2.0e-3, "the highest of the schedule", above=0)
-    seed: int = option(0, "settles all that is random")
+    seed: int = option(0, "everything random follows from it")
 
 
 parser = cli.Parser(__doc__, JudgeConfig)
@@ -64,14 +64,22 @@ from datasets import get_dataset
 from datasets.clips import class_folders
 from datasets.readers import BadClip, read_video
 from datasets.transforms import square
-from models.autoencoder import LatentCodec
+from models.autoencoder import LatentCodec, find_weights
 from models.hardware import describe_machine
 from sample.folder import labelled_clips
 from tools.demo.classifier import train_classifier
 
 LEVELS = 127.5  # grey levels in one unit of [-1, 1]
-USABLE = 0.95  # accuracy on real test clips below which the word on samples counts for nothing
+USABLE = 0.95  # accuracy on real test clips below which the scores of samples mean nothing
 MEASURES = ("motion", "detail", "pixels", "features", "nearest")
+ROOTS = {"real train": "train_path", "real test": "test_path"}  # set -> the option that gives its folder
+
+
+class ClipFiles(NamedTuple):
+    """The files of a set of clips, N each."""
+
+    paths: list[Path]
+    labels: list[int]
 
 
 class Clips(NamedTuple):
@@ -87,27 +95,66 @@ class Clips(NamedTuple):
         return torch.stack([v[o : o + num_frames] for v, o in zip(self.videos, starts, strict=True)])
 
     def middle(self, num_frames: int) -> Tensor:
+        """The middle window of every clip, (N, F, 3, S, S)."""
         return self.windows(num_frames, torch.full([len(self.videos)], 0.5))
 
 
-def load_class_folders(root: Path, cfg: JudgeConfig, interval: int) -> Clips:
-    """The clips in a folder of class folders."""
+def find_sets(cfg: JudgeConfig) -> tuple[list[str], dict[str, ClipFiles]]:
+    """The names of the classes, and the files of the real sets and of each folder of samples, before any is read.
+
+    Raises:
+        UserError: a folder is missing, a set has other classes than the train clips, or one clip of a class.
+    """
+    folders = sample_folders(cfg)
+    if cfg.samples_path and not folders:
+        raise UserError(f"samples_path: no folder {cfg.samples_path}")
+    roots = {name: require_path(cfg, key) for name, key in ROOTS.items()}
+    names = class_folders(roots["real train"])
+    if class_folders(roots["real test"]) != names:
+        raise UserError(f"test_path: {cfg.test_path} has other class folders than train_path: {', '.join(names)}")
+    files = {name: find_in_class_folders(root) for name, root in roots.items()}
+    files |= {str(folder): find_samples(folder, names) for folder in folders}
+    for name, (_, labels) in files.items():
+        check_diversity(name, labels, names)
+    return names, files
+
+
+def sample_folders(cfg: JudgeConfig) -> list[Path]:
+    """The folders that samples_path names, sorted."""
+    if not cfg.samples_path:
+        return []
+    pattern = Path(cfg.samples_path)
+    return sorted(path for path in pattern.parent.glob(pattern.name) if path.is_dir())
+
+
+def find_in_class_folders(root: Path) -> ClipFiles:
+    """The files in a folder of class folders."""
     options = TrainConfig(dataset="video_folder", data_path=str(root), num_classes=len(class_folders(root)))
     data = get_dataset(options)
-    return load_clips(data.paths, data.labels, cfg, interval)
+    return ClipFiles(data.paths, data.labels)
 
 
-def load_samples(folder: Path, names: list[str], cfg: JudgeConfig) -> Clips:
-    """The clips in a folder of samples; their labels are positions in `names`."""
+def find_samples(folder: Path, names: list[str]) -> ClipFiles:
+    """The files in a folder of samples; their labels are positions in `names`."""
     if class_folders(folder) == names:
-        return load_class_folders(folder, cfg, interval=1)
-    return load_clips(*labelled_clips(folder, names), cfg, interval=1)
+        return find_in_class_folders(folder)
+    return ClipFiles(*labelled_clips(folder, names))
 
 
-def load_clips(paths: Sequence[Path], labels: Sequence[int], cfg: JudgeConfig, interval: int) -> Clips:
-    """Every `interval`-th frame of the video files."""
+def check_diversity(name: str, labels: Sequence[int], names: Sequence[str]) -> None:
+    """Raises UserError unless the set `name` has two clips of every class."""
+    if min(map(list(labels).count, range(len(names)))) < 2:
+        raise UserError(f"{name}: diversity needs two clips of every class")
+
+
+def load_clips(files: ClipFiles, cfg: JudgeConfig, interval: int) -> Clips:
+    """Reads every `interval`-th frame of the video files.
+
+    Raises:
+        UserError: a file is broken, or too short.
+    """
     videos = []
-    for path in paths:
+    for path in files.paths:
         try:
             frames = read_video(path, lambda total: range(0, total, interval))  # (F or more, 3, H, W)
         except BadClip as error:
@@ -115,20 +162,21 @@ def load_clips(paths: Sequence[Path], labels: Sequence[int], cfg: JudgeConfig, i
         if len(frames) < cfg.num_frames:
             raise UserError(f"{path}: {len(frames)} frames at interval {interval}, num_frames={cfg.num_frames} needed")
         videos.append(square(frames, cfg.image_size, flip=False) / 127.5 - 1)
-    return Clips(videos, torch.tensor(labels), [str(path) for path in paths])
+    return Clips(videos, torch.tensor(files.labels), [str(path) for path in files.paths])
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share; z = 1.96: 95 %."""
+    """Wilson's interval of the share hits / total; z = 1.96: 95 %."""
     centre = (hits + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * math.sqrt(hits * (total - hits) / total + z * z / 4)
     return centre - half, centre + half
 
 
 def nearest(x: Tensor, train: Clips, itself: bool) -> tuple[Tensor, Tensor]:
-    """RMSE of each clip in x (N, F, 3, S, S) to the nearest train clip over offsets, (N,), and which it is, (N,).
+    """The RMSE (N,) of each clip in x (N, F, 3, S, S) to the nearest train clip at any offset, and its index (N,).
 
-    With `itself`, x are the train clips, and each looks for another one.
+    Args:
+        itself: x are the train clips, and each is compared with the others only.
     """
     num_frames, rows = x.shape[1], x.flatten(1).double()  # (N, P)
     columns = []
@@ -146,7 +194,7 @@ def nearest(x: Tensor, train: Clips, itself: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def measure(clips: Clips, train: Clips, model: nn.Sequential, names: list[str], cfg: JudgeConfig) -> dict[str, Any]:
-    """The measures of a set: the mean over classes, by class, and by clip."""
+    """The accuracy and the measures of a set: means over classes, by class, and by clip."""
     x = clips.middle(cfg.num_frames)  # (N, F, 3, S, S)
     features = torch.cat([model[0](batch.transpose(1, 2)) for batch in x.split(cfg.batch_size)])  # (N, D)
     judged = model[1](features).argmax(1)  # (N,)
@@ -178,7 +226,7 @@ def measure(clips: Clips, train: Clips, model: nn.Sequential, names: list[str], 
 
 
 def compare(report: dict[str, Any], train: dict[str, Any], test: dict[str, Any]) -> None:
-    """Adds to the measures of a set their ratios to those of the real clips."""
+    """Adds the ratios to the real train clips, and `nearer`, to the report of a set."""
     report["mean"]["ratio"] = {key: report["mean"][key] / train["mean"][key] for key in MEASURES}
     for name, row in report["by_class"].items():
         row["ratio"] = {key: row[key] / train["by_class"][name][key] for key in MEASURES}
@@ -187,7 +235,7 @@ def compare(report: dict[str, Any], train: dict[str, Any], test: dict[str, Any])
 
 
 def report_tables(reports: dict[str, dict[str, Any]]) -> str:
-    """A table of the sets, and one of the classes with the number of clips judged to be of each, last of none."""
+    """A table of the sets, and one of their classes, with the number of clips judged as each class, and as none."""
 
     def measures(row: dict[str, Any]) -> dict[str, str]:
         return {key: f"{row[key]:.2f} ({row['ratio'][key]:.2f}x)" for key in MEASURES}
@@ -205,34 +253,18 @@ def report_tables(reports: dict[str, dict[str, Any]]) -> str:
     return f"{markdown_table(sets)}\n\n{markdown_table(classes)}"
 
 
-def sample_folders(cfg: JudgeConfig) -> list[Path]:
-    """The folders that samples_path names; UserError if there are none."""
-    if not cfg.samples_path:
-        return []
-    pattern = Path(cfg.samples_path)
-    folders = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_dir())
-    if not folders:
-        raise UserError(f"samples_path: no folder {pattern}")
-    return folders
-
-
-def judge(cfg: JudgeConfig, folders: list[Path]) -> dict[str, Any]:
-    """Reads all clips, trains the classifier, measures each set; returns the record."""
-    roots = {"real train": require_path(cfg, "train_path"), "real test": require_path(cfg, "test_path")}
-    names = class_folders(roots["real train"])
-    if class_folders(roots["real test"]) != names:
-        raise UserError(f"test_path: {cfg.test_path} has other class folders than train_path: {', '.join(names)}")
-    sets = {name: load_class_folders(root, cfg, cfg.frame_interval) for name, root in roots.items()}
+def judge(cfg: JudgeConfig) -> dict[str, Any]:
+    """The record of all sets: reads the clips, trains the classifier, measures each set."""
+    names, files = find_sets(cfg)
     codec = LatentCodec.from_pretrained(require_path(cfg, "vae_path"))
-    for name in roots:
-        step = max(1, len(sets[name].files) // len(sets["real test"].files))  # as many train as test clips will do
+    sets = {name: load_clips(files.pop(name), cfg, cfg.frame_interval) for name in ROOTS}
+    for name in ROOTS:
+        step = max(1, len(sets[name].files) // len(sets["real test"].files))  # as many train as test clips are enough
         some = Clips(*(column[::step] for column in sets[name]))
+        check_diversity(f"{name} through VAE", some.labels.tolist(), names)
         videos = codec.decode(codec.encode(some.middle(cfg.num_frames)))  # (N, F, 3, S, S)
         sets[f"{name} through VAE"] = some._replace(videos=list(videos))
-    sets |= {str(folder): load_samples(folder, names, cfg) for folder in folders}
-    for name, clips in sets.items():
-        if (clips.labels.bincount(minlength=len(names)) < 2).any():
-            raise UserError(f"{name}: diversity needs two clips of every class")
+    sets |= {name: load_clips(samples, cfg, interval=1) for name, samples in files.items()}
 
     train = sets["real train"]
     draw = partial(train.windows, cfg.num_frames)
@@ -249,16 +281,21 @@ def judge(cfg: JudgeConfig, folders: list[Path]) -> dict[str, Any]:
     }
 
 
+def check_vae(cfg: JudgeConfig) -> None:
+    """Raises UserError if there is no VAE at vae_path."""
+    find_weights(require_path(cfg, "vae_path"))
+
+
 def main() -> None:
     args = parser.parse_args()
     cfg = load_config(JudgeConfig, args.config, args.overrides)
     check_writable(cfg, "output")
-    folders = sample_folders(cfg)
     if args.dry_run:
-        checks = [partial(require_path, cfg, key) for key in ("train_path", "test_path", "vae_path")]
-        lines = [f"samples: {folder}" for folder in folders] + [f"record: {cfg.output}"]
-        return cli.dry_run(cfg, lines, checks)
-    record = judge(cfg, folders)
+        lines = [f"{name}: {getattr(cfg, key)}" for name, key in ROOTS.items()]
+        lines += [f"samples: {folder}" for folder in sample_folders(cfg)] + [f"record: {cfg.output}"]
+        checks = [partial(require_path, cfg, key) for key in ROOTS.values()]
+        return cli.dry_run(cfg, lines, [*checks, partial(find_sets, cfg), partial(check_vae, cfg)])
+    record = judge(cfg)
     write_json(cfg.output, record)
     print(report_tables(record["sets"]))
     if record["sets"]["real test"]["accuracy"] < USABLE:

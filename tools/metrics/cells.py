@@ -1,7 +1,7 @@
-"""Ways to sample, held against each other over paired seeds: what tools/fidelity.py and tools/sweep.py measure.
+"""Cells: ways to sample, compared over paired seeds. The engine of tools/fidelity.py and tools/sweep.py.
 
-A cell is one way to sample: solver, steps, guidance, cache plan. Its twin is the same sampler uncached. What is
-measured of a batch is a line of `{output}/clips/{rank}.jsonl`; a later run measures only what is missing.
+A cell is one way to sample: solver, steps, guidance, cache plan. Its twin is the same sampler uncached. Each process
+appends a line for each cell and batch to `{output}/clips/{rank}.jsonl`; a later run measures only what is missing.
 Letters: B batch, F frames, C channels of the latents, D proxy features, M real clips.
 """
 
@@ -69,7 +69,8 @@ class Cell:
         return steps | {"cfg_scale": self.guidance, "cache": self.cache}
 
     def with_cache(self, cache: CacheOptions) -> "Cell":
-        return Cell(self.method, self.steps, self.guidance, cache)
+        """The same sampler with another cache. There is one uncached cell: without a cache its options mean nothing."""
+        return replace(self, cache=UNCACHED if cache.interval == 1 else cache)
 
     def draws_noise(self, eta: float) -> bool:
         """Whether the sampler draws noise at every step, not only the first."""
@@ -77,14 +78,17 @@ class Cell:
 
 
 class Task(NamedTuple):
-    """A cell, and those it is held against, whose own tasks come first."""
+    """A cell, and the cells that it is compared with. Their own tasks come first."""
 
     cell: Cell
     twin: Cell  # uncached; also the measure of speed
     reference: Cell | None = None
 
     def pairs(self, eta: float) -> dict[str, Cell]:
-        """The others whose clips pair with the cell's: the same noise at the same steps, or only at first."""
+        """The other cells whose clips pair with this cell's, by role.
+
+        Clips of one seed pair if both draw the same noise: at the same steps, or only at the first one.
+        """
 
         def pair(other: Cell) -> bool:
             same_steps = other.with_cache(self.cell.cache) == self.cell
@@ -96,7 +100,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Measured:
-    """What the lines say of a cell."""
+    """All measurements of one cell."""
 
     seconds: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # of a batch, by machine and seeds
     features: dict[int, list[float]] = field(default_factory=dict)  # (D,) by seed
@@ -111,11 +115,11 @@ class Measured:
 def run_cells(
     cfg: MeasureConfig, tasks: list[Task], plan_of: Callable[[Cell], Plan], dry: bool, env: Environment
 ) -> tuple[dict[Cell, dict[str, Any]], dict[str, Any] | None]:
-    """Measures what is missing of the tasks; with `dry`, says what that is and checks the files.
+    """Measures what is missing of the tasks; with `dry`, only prints what would run and checks the files.
 
     Returns:
-        The row of each cell, on the first process; no rows elsewhere, and none when dry.
-        Facts about the real clips; None without real clips.
+        rows: the row of each cell, on the first process; empty on the others, and with `dry`.
+        real: facts about the real clips; None without real clips.
     """
     cfg.check_clips()
     check_writable(cfg, "output", folder=True)
@@ -138,15 +142,14 @@ def run_cells(
 
 
 def with_cell(cfg: MeasureConfig, cell: Cell) -> MeasureConfig:
-    """`cfg` to sample as `cell` does."""
+    """`cfg` with the sampler's options of `cell`."""
     return replace(cfg, **cell.options())
 
 
 def planner(cfg: MeasureConfig, device: torch.device) -> Callable[[Cell], Plan]:
-    """A function from a cell to its plan. It makes each plan once: counting the MACs takes a moment.
+    """A function from a cell to its plan, which makes each plan once: counting the MACs takes a moment.
 
-    Raises:
-        UserError: the function raises it for a plan without cached steps, or options that contradict each other.
+    The function raises UserError for options that contradict each other, and for a plan that caches no step.
     """
 
     @cache
@@ -160,11 +163,15 @@ def planner(cfg: MeasureConfig, device: torch.device) -> Callable[[Cell], Plan]:
 
 
 def seeds_of(cfg: MeasureConfig) -> range:
+    """The seeds of the clips of every cell."""
     return range(cfg.seed, cfg.seed + cfg.num_clips)
 
 
 def open_folder(cfg: MeasureConfig, tasks: list[Task], env: Environment) -> list[tuple[list[int], list[Task]]]:
-    """Checks the settings of the folder, or notes them in a new one; returns batches of seeds, with what each lacks.
+    """Checks the settings of the output folder, or writes them to a new one.
+
+    Returns:
+        The batches of seeds that are not finished, each with the tasks that it lacks.
 
     Raises:
         UserError: the folder holds clips of other settings.
@@ -190,7 +197,7 @@ def open_folder(cfg: MeasureConfig, tasks: list[Task], env: Environment) -> list
 
 
 def shared_settings(cfg: MeasureConfig, env: Environment) -> dict[str, Any]:
-    """The settings that all measurements in one folder share. Cells and seeds have names; they may differ."""
+    """The settings that all measurements in one folder share. Cells and seeds are named in each line and may differ."""
     own = {f.name for f in fields(cfg)} - {f.name for f in fields(SampleConfig)}
     free = own | {"sample_method", "num_sampling_steps", "cfg_scale", "cache", "seed", "fps"}
     shared = clip_settings(make_record(cfg, env.device))
@@ -207,7 +214,7 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
         return
     pipe, proxy, lpips = load(cfg, env.device), load_proxy(env.device), load_lpips(env.device)
     twins = twins_of(tasks, cfg)
-    # All that seconds depend on beside the cell: they compare where this is the same.
+    # All that the seconds depend on, beside the cell. Seconds compare only where this is the same.
     machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
     machine += f", attention: {cfg.attention_mode}" + ", compiled" * cfg.use_compile
     for task in work[0][1]:  # warms up
@@ -235,11 +242,12 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
 
 
 def twins_of(tasks: Iterable[Task], cfg: MeasureConfig) -> set[Cell]:
-    """The cells whose latents are kept, for others to be held against."""
+    """The cells that others are compared with. Their latents are kept."""
     return {other for task in tasks for other in task.pairs(cfg.eta).values()}
 
 
 def latents_path(cfg: MeasureConfig, cell: Cell, seed: int) -> Path:
+    """The file of the latents of one clip."""
     return Path(cfg.output, "clips", cell.name, f"{seed:06d}.safetensors")
 
 
@@ -256,7 +264,7 @@ def load_latents(cfg: MeasureConfig, cell: Cell, seeds: Sequence[int]) -> Tensor
 
 
 def read_lines(folder: Path) -> dict[str, Measured]:
-    """All that was measured in a folder, by the cell's name; an unknown cell has an empty `Measured`."""
+    """The measurements in a folder by the name of the cell; empty for a cell that was not measured."""
     measured: dict[str, Measured] = defaultdict(Measured)
     for file in sorted(folder.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
@@ -270,13 +278,13 @@ def read_lines(folder: Path) -> dict[str, Measured]:
 
 
 def real_clips(cfg: MeasureConfig) -> VideoFiles:
-    """All clips that tools/evaluate.py would take from `real_path`."""
+    """All clips in `real_path`, as tools/evaluate.py reads them."""
     shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
     return VideoFiles(ClipOptions(**shared), "real_path", sys.maxsize, cfg.real_stride)
 
 
 def real_features(source: VideoFiles, env: Environment) -> Features:
-    """Their proxy features (M, 1, D), shared out to the processes.
+    """Proxy features (M, 1, D) of real clips, the same on every process; the processes share the work.
 
     Raises:
         UserError: fewer than two of the videos can be used, or too many are broken.
@@ -294,11 +302,16 @@ def real_features(source: VideoFiles, env: Environment) -> Features:
 def summarize(
     cfg: MeasureConfig, tasks: list[Task], plan_of: Callable[[Cell], Plan], real: Tensor | None
 ) -> dict[Cell, dict[str, Any]]:
-    """A row for each cell over the seeds asked for. real: features (M, 1, D)."""
+    """The row of each cell: means and margins over the seeds of `cfg`, costs, proxy distances.
+
+    Args:
+        real: proxy features (M, 1, D) of the real clips.
+    """
     measured, seeds = read_lines(Path(cfg.output, "clips")), seeds_of(cfg)
     labels, names = labels_of(seeds, cfg) or [], class_names(cfg)
     classes = [names[label] if names else f"class{label}" for label in labels]
-    by_class = sorted(seeds, key=lambda seed: labels[seed - cfg.seed] if labels else 0)  # every other one: half of each
+    # Sorted by class, so that every other seed is half of each class.
+    by_class = sorted(seeds, key=lambda seed: labels[seed - cfg.seed] if labels else 0)
     features = {task.cell: torch.tensor([measured[task.cell.name].features[s] for s in by_class]) for task in tasks}
     enough = len(seeds) >= 2 * (cfg.num_classes or 1)  # every class in both halves
     seconds = {cell: seconds_by_machine(measured[cell.name], seeds) for cell in features}
@@ -328,7 +341,7 @@ def summarize(
             "proxy_real": proxy_real,
             "proxy_real_interval": spread.get("interval"),
         }
-        for role in ("twin", "reference"):  # metric -> summary; empty where there is none or clips do not pair
+        for role in ("twin", "reference"):  # metric -> summary; empty without that cell, or if clips do not pair
             other = task.pairs(cfg.eta).get(role)
             clips = [own.pairs[other.name][seed] for seed in seeds] if other else []
             metrics = [metric for metric in PAIR_METRICS if clips and metric in clips[0]]
@@ -351,7 +364,7 @@ def seconds_by_machine(measured: Measured, seeds: Sequence[int]) -> dict[str, di
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:
-    """The cells of a row in a table; empty where there is no number."""
+    """A row's cells in a table by their titles; a cell without a number is empty."""
     cells = {
         "full + cached steps": f"{row['full_steps']} + {row['cached_steps']}",
         "MACs a clip": readable(row["macs"]).removesuffix("MACs"),
@@ -371,7 +384,7 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
 
 
 def by_class_table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """A metric against the twin: a line for each class, a column for each row that has it."""
+    """A table of a metric against the twin: a line for each class, a column for each row that has the metric."""
     title, digits = PAIR_METRICS[metric]
     runs = {row["run"]: row["twin"][metric]["by_class"] for row in rows if metric in row["twin"]}
     names = next(iter(runs.values()))
@@ -379,7 +392,7 @@ def by_class_table(rows: Sequence[dict[str, Any]], metric: str) -> str:
 
 
 def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]], real: dict[str, Any] | None) -> str:
-    """How to read the numbers, as a Markdown list."""
+    """A Markdown list that says how to read the numbers."""
     seeds, (weights, url) = seeds_of(cfg), lpips_weights()
     machines: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -404,8 +417,8 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
     ]
     if any(set(task[1:]) - {None, task.cell, *task.pairs(cfg.eta).values()} for task in tasks):
         lines.append(
-            "A sampler that draws noise at every step draws other noise in other steps. Its clips pair with its own "
-            "twins only, and have no metrics against others. The proxy distances are of sets that share no noise."
+            "A sampler that draws noise at every step draws other noise in other steps. Its clips pair only with its "
+            "own twins; against others they have no metrics. Proxy distances compare sets that share no noise."
         )
     if not weights.is_file():
         lines.append(f"LPIPS is left out: it needs AlexNet's weights, {url}, as {weights}.")
@@ -415,7 +428,7 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
 def write_record(
     path: Path, cfg: MeasureConfig, rows: list[dict[str, Any]], real: dict[str, Any] | None, env: Environment
 ) -> None:
-    """Writes the options, seeds, labels and rows as JSON."""
+    """Writes the options, seeds, labels, facts about the real clips and rows as JSON."""
     seeds = seeds_of(cfg)
     clips = {"seeds": list(seeds), "labels": labels_of(seeds, cfg)}
     write_json(path, {**make_record(cfg, env.device), **clips, "real": real, "rows": rows})

@@ -1,7 +1,7 @@
 """Sets of clips for a detector: windows of video files or of folders of frames, and clips sampled in memory.
 
-Which clips are used, and where their windows begin, depends on the seed and on their names alone: not on folders, on
-the order of a listing or on the number of processes.
+The seed and the names of the clips alone settle which clips are used and where their windows begin. Folders, the order
+of a listing and the number of processes change nothing.
 Letters: F frames, H and W as read, S pixels of a side.
 """
 
@@ -34,11 +34,11 @@ Clip = Tensor | BadClip  # (F, 3, S, S) uint8, or why a video gives no clip
 
 
 class ShortClip(BadClip):
-    """A video of too few frames for a clip at the stride asked for."""
+    """A video with too few frames for a clip at the stride asked for."""
 
 
 def choose_window(total: int, num_frames: int, stride: int, name: str, seed: int) -> range:
-    """The frames of a clip, as StyleGAN-V's data sets choose them; (seed, name) settle where the window begins.
+    """The indices of a clip's frames, as StyleGAN-V's data sets choose them; (seed, name) settle the first one.
 
     Raises:
         ShortClip: there are fewer than num_frames x stride frames.
@@ -51,12 +51,12 @@ def choose_window(total: int, num_frames: int, stride: int, name: str, seed: int
 
 
 def shuffle_key(name: str, seed: int) -> float:
-    """A number in [0, 1) that follows from (seed, name) alone. Clips sorted by it are shuffled."""
+    """A number in [0, 1) that depends on (seed, name) alone. Sorting clips by it shuffles them."""
     return random.Random(f"place of {name} by {seed}").random()
 
 
 def fit_square(frames: Tensor, size: int, resize_filter: str) -> Tensor:
-    """Resize the short edge, crop the centre: (F, 3, H, W) uint8 -> (F, 3, S, S) uint8."""
+    """Resizes the short edge and crops the centre: (F, 3, H, W) uint8 -> (F, 3, S, S) uint8."""
     if resize_filter == "lanczos":  # only Pillow has it
         images = [F.resize(F.to_pil_image(frame), [size], F.InterpolationMode.LANCZOS) for frame in frames]
         frames, resize_filter = torch.stack([F.pil_to_tensor(image) for image in images]), "bilinear"  # resized already
@@ -65,7 +65,13 @@ def fit_square(frames: Tensor, size: int, resize_filter: str) -> Tensor:
 
 
 def read_clip(read: Callable[[Choose], Tensor], stride: int, name: str, where: object, cfg: ClipOptions) -> Clip:
-    """The clip `name` of a video at `where`. A BadClip is returned, not raised: reading processes hand it over."""
+    """The clip (F, 3, S, S) of a video, or the BadClip that says why there is none, for a process to hand over.
+
+    Args:
+        read: from a choice of frames to the frames (F, 3, H, W) uint8.
+        name: the clip's name, which settles its window.
+        where: the video, for the message of a BadClip.
+    """
     try:
         frames = read(lambda total: choose_window(total, cfg.num_frames, stride, name, cfg.seed))
     except BadClip as error:
@@ -78,7 +84,7 @@ class VideoFiles:
 
     Args:
         key: the option of `cfg` that gives the folder.
-        wanted: how many clips are to be used.
+        wanted: the number of clips to use.
         stride: frames from one to the next of a clip.
     """
 
@@ -101,16 +107,16 @@ class VideoFiles:
         return read_clip(partial(self.read, path), self.stride, name, path, self.cfg)
 
     def batches(self, indices: Sequence[Sequence[int]]) -> Iterable[list[Clip]]:
-        """The clips of each list of indices."""
+        """Yields the clips of each list of indices."""
         workers = torch.get_num_threads() if self.cfg.num_workers is None else self.cfg.num_workers
         return DataLoader(self, batch_sampler=indices, collate_fn=list, num_workers=min(workers, len(indices)))
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the record."""
+        """The folder, the number of videos and the stride, for the record."""
         return {"path": str(self.root), "videos": len(self), "stride": self.stride}
 
     def fingerprint(self) -> str:
-        """Hash of the names and bytes of all files."""
+        """A hash of the names and bytes of all files."""
         digest = hashlib.sha256()
         for path, _ in self.clips:
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -120,7 +126,7 @@ class VideoFiles:
 
 
 class SampledClips:
-    """Clips sampled in memory. Pixels, names and order are those of the files that sample_ddp.py would write."""
+    """Clips sampled in memory, with the pixels, names and order of the files that sample_ddp.py would write."""
 
     key = "generate"
 
@@ -137,7 +143,7 @@ class SampledClips:
         return len(self.clips)
 
     def batches(self, indices: Sequence[Sequence[int]]) -> Iterable[list[Clip]]:
-        """The clips of each list of indices. The model is loaded when the first batch is asked for."""
+        """Yields the clips of each list of indices. The first batch loads the model."""
         pipe, step = load(self.sampling, self.device), self.sampling.per_proc_batch_size
         for batch in indices:
             clips: list[Clip] = []
@@ -150,7 +156,7 @@ class SampledClips:
             yield clips
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the record."""
+        """The options of sampling, the weights and the plan, for the record."""
         record = make_record(self.sampling, self.device)
         facts = {"checkpoint": record["checkpoint"], "vae": record["vae"], "plan": self.plan.record()}
         return {"generate": record["config"], **facts}

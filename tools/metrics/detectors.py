@@ -1,7 +1,7 @@
 """The networks behind the metrics: published TorchScript files, fetched once and called as StyleGAN-V does; the proxy.
 
 The published ones take uint8 pixels and resize them to their own input size.
-Letters: B batch, F frames, N rows (B, or B F where frames are seen one by one), D width of the features.
+Letters: B batch, F frames, N rows (B for clips, B F for single frames), D width of the features.
 """
 
 import logging
@@ -21,7 +21,7 @@ from tools.metrics.efficientnet import efficientnet_file, load_proxy
 
 
 class Detector(NamedTuple):
-    """A published file."""
+    """A published file of a detector."""
 
     url: str
     sha256: str | None  # None: no public source states it
@@ -48,7 +48,7 @@ DETECTORS = {
 
 
 class Output(NamedTuple):
-    """What a detector is asked for."""
+    """One output of a detector, and how the detector is called for it."""
 
     detector: str
     by_frame: bool = False
@@ -66,18 +66,18 @@ OUTPUTS = {
 
 
 class DetectorFile(NamedTuple):
-    """The file of a detector on this machine."""
+    """A detector's file on this machine."""
 
     path: str
     sha256: str
-    published: bool | None  # whether that is the published file's; None: unknown
+    published: bool | None  # whether it is the published file; None: unknown
 
 
 def find_detector(name: str, given: str | None, folder: Path) -> DetectorFile:
-    """The file `given`, or else the published one in `folder`, where it is fetched to.
+    """The file `given`, or else the published one in `folder`, fetched if it is not there.
 
     Raises:
-        UserError: no such file, no network, or in `folder` another file than the published one.
+        UserError: there is no such file, it cannot be fetched, or `folder` holds another file under its name.
     """
     if name == "proxy":
         return DetectorFile(str(efficientnet_file()), file_hash(efficientnet_file()), None)
@@ -106,7 +106,8 @@ def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable
     """A function from clips (B, F, 3, H, W) uint8 to rows of output `name`, (B, 1 or F, D) fp32.
 
     Raises:
-        UserError: the file is no TorchScript; when called, it cannot be called so, or returns something else.
+        UserError: the file is no TorchScript. The function raises it if the network cannot be called as this detector,
+            or returns something else.
     """
     detector, by_frame, width, options = OUTPUTS[name]
     if name == "proxy":
@@ -119,7 +120,7 @@ def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable
             raise UserError(f"{detector}: {file.path} is no TorchScript file, or one that is cut off") from None
 
     @torch.no_grad()
-    # Without TF32, and without the optimisations that would set in after some calls: the same at any place in a run.
+    # No TF32, and no optimisations that set in after some calls: equal clips give equal rows anywhere in a run.
     @torch.jit.optimized_execution(False)
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def rows(clips: Tensor) -> Tensor:

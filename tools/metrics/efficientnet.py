@@ -1,4 +1,4 @@
-"""Features whose weights come with a package: EfficientNet-Lite0 trained on ImageNet, and a video proxy made of it.
+"""EfficientNet-Lite0 trained on ImageNet, whose weights come with a package, and the video proxy made of it.
 
 Letters: B batch, F frames, C = 40 channels of block 2, h = H / 8.
 """
@@ -14,7 +14,7 @@ from configs import UserError
 
 
 def efficientnet_file() -> Path:
-    """EfficientNet-Lite0's weights, in the package that ships them.
+    """The file of EfficientNet-Lite0's weights, in the package that ships them.
 
     Raises:
         UserError: the package is not installed.
@@ -27,7 +27,7 @@ def efficientnet_file() -> Path:
 
 
 def load_efficientnet() -> nn.Module:
-    """EfficientNet-Lite0, frozen, for images in [-1, 1]. The package's tensors stand in the order of timm's."""
+    """EfficientNet-Lite0, frozen, for images in [-1, 1]. The package stores its tensors in timm's order."""
     net = timm.create_model("tf_efficientnet_lite0")
     ours, theirs = net.state_dict(), torch.load(efficientnet_file(), map_location="cpu", weights_only=True)
     assert [w.shape for w in ours.values()] == [w.shape for w in theirs.values()], "not in timm's order"
@@ -38,13 +38,13 @@ def load_efficientnet() -> nn.Module:
 def load_proxy(device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """A function from videos (B, F, 3, H, W) in [-1, 1] to features (B, 80) in fp32.
 
-    Of block 2's output, averaged over positions: 40 means over time, which no order of the frames changes, then 40
-    means of |difference of neighbouring frames|, which see motion and flicker.
+    The features are averages of block 2's output over all positions: 40 means over time, which do not depend on the
+    order of the frames, then 40 means of |difference of neighbouring frames|, which see motion and flicker.
     """
     net = load_efficientnet().to(device)
 
     @torch.no_grad()
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the same figures on every GPU
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the same features on every GPU
     def features(videos: Tensor) -> Tensor:
         frames = videos.flatten(0, 1).to(device, torch.float32)  # (B F, 3, H, W)
         (block,) = net.forward_intermediates(frames, [2], stop_early=True, intermediates_only=True)  # (B F, C, h, w)

@@ -23,14 +23,15 @@ from tools.metrics.clips import SampledClips, ShortClip, VideoFiles
 from tools.metrics.detectors import OUTPUTS, DetectorFile
 from tools.metrics.options import ClipOptions, EvaluateConfig
 
+# The options that settle the features of a real set.
 KEPT_BY = ("num_real", "num_frames", "real_stride", "image_size", "resize_filter", "seed", "video_reader")
-VERSION = 1  # of kept features; raise it when the code makes others of the same files
+VERSION = 1  # of kept features; raise it when the code computes other features from the same files
 
 Networks = dict[str, Callable[[Tensor], Tensor]]  # output -> function from (B, F, 3, S, S) uint8 to (B, n, D)
 
 
 class Features(NamedTuple):
-    """A set of clips as a detector sees it, and how it came about."""
+    """The features of a set of clips, and a report on how the clips were read."""
 
     rows: dict[str, Tensor]  # output -> (N, n, D)
     report: dict[str, Any]
@@ -39,15 +40,15 @@ class Features(NamedTuple):
 def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOptions, env: Environment) -> Features:
     """Features of the first `source.wanted` usable clips, the same on every process.
 
-    Batches are formed before they are dealt to the processes, so a clip has the same neighbours at any number of them.
+    Batches are formed before the processes share them out, so the number of processes changes no clip's neighbours.
 
     Raises:
-        UserError: too many broken videos, or fewer than two clips.
+        UserError: too many videos are broken, or fewer than two clips are usable.
     """
     rows: list[dict[str, Tensor]] = []  # by batch: output -> (B, n, D)
     failed: list[BadClip] = []
     clips, seen = 0, 0
-    while clips < source.wanted and seen < len(source):  # again for those that failed
+    while clips < source.wanted and seen < len(source):  # again: other clips replace those that failed
         indices = range(seen, min(seen + source.wanted - clips, len(source)))
         share = [indices[i : i + cfg.batch_size] for i in range(0, len(indices), cfg.batch_size)]
         share = share[env.rank :: env.world_size]
@@ -83,7 +84,7 @@ def check_broken(key: str, broken: list[str], seen: int, cfg: ClipOptions) -> No
 def real_features(
     source: VideoFiles, networks: Networks, found: dict[str, DetectorFile], cfg: EvaluateConfig, env: Environment
 ) -> Features:
-    """Features of the real set, on the first process at least; kept in `feature_path` for the next run."""
+    """Features of the real set, kept in `feature_path` for the next run. Only the first process surely has them."""
     files: dict[str, Path] = {}
     if cfg.feature_path:
         facts = [VERSION, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]

@@ -1,4 +1,4 @@
-"""How far clips are from their twins, the same seeds and labels sampled another way: metrics and their means.
+"""Metrics between clips and their twins, which are the same seeds and labels sampled another way.
 
 Letters: B batch, F frames, C channels of the latents, h = H / 8, N clips of a set, D features.
 """
@@ -30,10 +30,12 @@ def compare(
 ) -> dict[str, list[float]]:
     """The metrics of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
 
-    relative_l1: |a - b|_1 / |b|_1 of the latents
-    psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames
-    flicker: error of frame differences, mean |Da - Db| / mean |Db| of the videos, where D is the difference of
-        neighbouring frames; 0 if they move alike, 1 for an a that is still
+    Returns:
+        A value for each clip, by metric.
+        relative_l1: |a - b|_1 / |b|_1 of the latents.
+        psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames.
+        flicker: mean |Da - Db| / mean |Db| of the videos, where D is the difference of neighbouring frames; 0 if a and
+            b move alike, 1 if a is still.
     """
     change, twin_change = videos.diff(dim=1), twin_videos.diff(dim=1)  # (B, F - 1, 3, H, W)
     pairs = list(zip(videos, twin_videos, strict=True))
@@ -47,7 +49,7 @@ def compare(
 
 
 def lpips_weights() -> tuple[Path, str]:
-    """Where torch looks for LPIPS's AlexNet, and whence it is to be fetched; torchmetrics ships LPIPS's own weights."""
+    """The path at which torch looks for LPIPS's AlexNet, and its URL; torchmetrics ships LPIPS's own weights."""
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
@@ -55,7 +57,7 @@ def lpips_weights() -> tuple[Path, str]:
 
 
 def load_lpips(device: torch.device) -> Lpips | None:
-    """LPIPS (AlexNet, arXiv:1801.03924), mean over frames; None where `lpips_weights` are not on the disk."""
+    """LPIPS (AlexNet, arXiv:1801.03924) as a mean over frames; None if `lpips_weights` are not on the disk."""
     if not lpips_weights()[0].is_file():
         return None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -65,7 +67,11 @@ def load_lpips(device: torch.device) -> Lpips | None:
 
 
 def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]:
-    """`mean_and_margin` over all clips and by class, and each value; `classes` has a name a clip, or none at all."""
+    """`mean_and_margin` of `values` over all clips and by class, and the values themselves.
+
+    Args:
+        classes: the class of each clip; empty without classes.
+    """
     names = sorted(set(classes))
     own = {name: [v for v, c in zip(values, classes, strict=True) if c == name] for name in names}
     return {
@@ -76,15 +82,16 @@ def aggregate(values: Sequence[float], classes: Sequence[str]) -> dict[str, Any]
 
 
 def distance_to_others(features: Tensor, twins: Tensor) -> float:
-    """Fréchet distance of features (N, D) to those of the twins (N, D) with other seeds.
+    """Fréchet distance of features (N, D) to the features of twins (N, D) with other seeds.
 
-    Every other clip against the twins of the rest, then the rest likewise, the mean of both. No clip meets its twin, so
-    that sets which share their noise with the twins compare with sets which do not. Of the twins: how far equals are.
+    The clips are split into every other one and the rest. Each half is compared with the twins of the other half, and
+    the two distances are averaged. No clip meets its own twin, so a set that shares its noise with the twins gets no
+    credit for that. The distance of the twins themselves shows how far apart equal sets are.
     """
     there, back = frechet_distance(features[::2], twins[1::2]), frechet_distance(features[1::2], twins[::2])
     return (there + back) / 2
 
 
 def _relative_error(a: Tensor, b: Tensor) -> list[float]:
-    """|a - b|_1 / |b|_1 of each of (B, ...)."""
+    """|a - b|_1 / |b|_1 of each row of a and b (B, ...)."""
     return ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist()

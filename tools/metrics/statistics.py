@@ -1,4 +1,4 @@
-"""Means over clips and what is certain about them."""
+"""Means over clips and their confidence intervals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over clips, and half the width of its 95 % interval by Student's t; one clip has none."""
+    """The mean over clips, and half the width of its 95 % interval by Student's t (None for one clip)."""
     from scipy.stats import t  # slow to import
 
     x, n = torch.tensor(values, dtype=torch.float64), len(values)  # (N,)
@@ -16,7 +16,7 @@ def mean_and_margin(values: Sequence[float]) -> dict[str, Any]:
 
 
 def plus_minus(summary: dict[str, Any] | None, digits: int) -> str:
-    """`mean ± margin` of a summary that `mean_and_margin` made; empty for None."""
+    """The text "mean ± margin" of a summary that `mean_and_margin` made; empty for None."""
     if summary is None:
         return ""
     margin = "" if summary["margin"] is None else f" ± {summary['margin']:.{digits}f}"

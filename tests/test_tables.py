@@ -1,0 +1,35 @@
+"""configs/tables.py: tables that a Markdown reader and a person at a terminal can both read."""
+
+from configs.tables import markdown_table
+
+
+def test_cells_are_aligned():
+    """The first column to the left, the others to the right; the ruler says the same; all lines are equally long."""
+    table = markdown_table([{"run": "uncached", "PSNR": "9.5"}, {"run": "N2", "PSNR": "31.25"}])
+    assert table.splitlines() == [
+        "| run      |  PSNR |",
+        "| :------- | ----: |",
+        "| uncached |   9.5 |",
+        "| N2       | 31.25 |",
+    ]
+
+
+def test_columns_that_are_empty_in_all_rows_are_left_out():
+    rows = [{"run": "a", "LPIPS": "", "SSIM": "1"}, {"run": "b", "SSIM": ""}]
+    assert markdown_table(rows).splitlines()[0] == "| run | SSIM |"
+    assert markdown_table([{"": "", "x": "1"}]).splitlines()[0] == "| x   |"
+
+
+def test_a_missing_cell_is_a_dash():
+    """Whether its text is empty or its title is absent from the row; titles stand in the order of their first rows."""
+    table = markdown_table([{"run": "a", "x": "1"}, {"run": "b", "y": "2"}, {"run": "", "x": "", "y": "3"}])
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["|", "a", "|", "1", "|", "–", "|"],
+        ["|", "b", "|", "–", "|", "2", "|"],
+        ["|", "–", "|", "–", "|", "3", "|"],
+    ]
+
+
+def test_a_narrow_table_still_has_a_ruler_of_three():
+    """Markdown wants at least three characters."""
+    assert markdown_table([{"a": "1", "b": "2"}]).splitlines()[1] == "| :-- | --: |"

@@ -1,0 +1,140 @@
+"""Times passes over video files, clip by clip as training reads them, against decoding whole files.
+
+Every way reads the same clips through training's loader: `whole files` decodes all frames of a file as torchvision's
+read_video did, and picks; `pyav` and `decord` are the values of video_reader; `latents` reads latents_path, and
+`pixels + VAE` encodes the pixels instead.
+"""
+
+import copy
+import statistics
+import subprocess
+import time
+from dataclasses import replace
+from itertools import islice, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from configs import ROOT, to_yaml
+from datasets import SOURCES, ClipSampler, get_dataset, load_batches
+from datasets.clips import find_videos
+from datasets.readers import Choose
+from datasets.transforms import square
+from models.autoencoder import LatentCodec, load_codec
+from models.hardware import default_device, describe_machine
+from tools.benchmarks.options import ReadingBenchmark
+from tools.benchmarks.turns import take_turns
+
+SIZE, NUM_FRAMES = (320, 240), 200  # of UCF101's files
+ENCODERS = {  # at about UCF101's bytes a frame
+    "avi": ["-c:v", "mpeg4", "-vtag", "xvid", "-b:v", "550k"],
+    "mp4": ["-c:v", "libx264", "-b:v", "550k"],
+}
+KEYFRAME_INTERVALS = (12, 250)
+
+
+class Way(NamedTuple):
+    """A way to read a data set."""
+
+    dataset: Dataset
+    codec: LatentCodec | None = None  # encodes what was read
+
+
+def describe(cfg: ReadingBenchmark) -> str:
+    """The work that is timed."""
+    clips = f"reading clips of {cfg.num_frames} frames, {cfg.frame_interval} apart, {cfg.num_workers} workers"
+    return f"{clips}, from {cfg.data_path or f'{cfg.files} files of each kind, made for this run'}"
+
+
+def benchmark(cfg: ReadingBenchmark) -> dict[str, Any]:
+    """The metrics of each way to read data_path; without one, those for each kind of files that are made."""
+    cfg = replace(cfg, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))  # clips alone
+    machine, metrics = describe_machine(torch.device("cpu")), {}
+    if cfg.data_path:
+        metrics = time_ways(cfg, "")
+    else:
+        for suffix, interval in product(ENCODERS, KEYFRAME_INTERVALS):
+            with TemporaryDirectory() as folder:
+                make_videos(Path(folder), suffix, interval, cfg.files)
+                made = replace(cfg, dataset="ffs", num_classes=None, data_path=folder)
+                metrics |= time_ways(made, f".{suffix}, a keyframe every {interval}: ")
+    return {"machine": machine, "options": to_yaml(cfg), "ways": metrics}
+
+
+def make_videos(folder: Path, suffix: str, keyframe_interval: int, num_files: int) -> None:
+    """Writes files of nine demo clips each, enlarged and with a little grain, as a camera's have."""
+    clips = find_videos(ROOT / "datasets" / "demo" / "train")
+    width, height = SIZE
+    change = f"scale={width}:{height},setpts=N/25/TB,noise=alls=6:allf=t"
+    parts = folder / "parts.txt"
+    for i in range(num_files):
+        parts.write_text("".join(f"file '{clips[(i * 101 + j * 31) % len(clips)]}'\n" for j in range(9)))
+        source = ["-f", "concat", "-safe", "0", "-i", parts, "-vf", change, "-r", "25", "-frames:v", NUM_FRAMES]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *ENCODERS[suffix], "-g", keyframe_interval]
+        subprocess.run([*map(str, command), folder / f"{i}.{suffix}"], check=True)
+    parts.unlink()
+
+
+def time_ways(cfg: ReadingBenchmark, prefix: str) -> dict[str, dict[str, Any]]:
+    """Clips per second of each way, and its speed-up over the first, both medians; `prefix` begins the names."""
+    seconds = take_turns(make_ways(cfg), cfg.epochs, lambda way, epoch: read_epoch(way, cfg, epoch))  # of a clip
+    first = next(iter(seconds.values()))
+    return {
+        prefix + name: {
+            "clips_per_second": statistics.median(1 / value for value in values),
+            "speedup": statistics.median(base / value for base, value in zip(first, values, strict=True)),
+            "all_clips_per_second": [1 / value for value in values],
+        }
+        for name, values in seconds.items()
+    }
+
+
+def make_ways(cfg: ReadingBenchmark) -> dict[str, Way]:
+    """The ways to read the data of `cfg`; the first is the one that the others are compared with."""
+    pixels = replace(cfg, latents_path=None)
+    prepare = take_corner if cfg.reader_only else square
+    if SOURCES[cfg.dataset].files == "video":
+        pyav, decord = (get_dataset(replace(pixels, video_reader=name), prepare) for name in ("pyav", "decord"))
+        whole = copy.copy(pyav)
+        whole.read = read_whole
+        assert torch.equal(whole[0]["video"], pyav[0]["video"])
+        ways = {"whole files": Way(whole), "pyav": Way(pyav), "decord": Way(decord)}
+    else:
+        ways = {"pixels": Way(get_dataset(pixels, prepare))}
+    if cfg.latents_path:
+        codec = load_codec(cfg, default_device())
+        ways |= {"pixels + VAE": Way(get_dataset(pixels), codec), "latents": Way(get_dataset(cfg))}
+    return ways
+
+
+def read_epoch(way: Way, cfg: ReadingBenchmark, epoch: int) -> float:
+    """Seconds a clip, over the whole batches of an epoch that training's loader reads."""
+    batch_size = min(cfg.local_batch_size, len(way.dataset))
+    num_batches = len(way.dataset) // batch_size
+    sampler = ClipSampler(len(way.dataset), batch_size, start=epoch * len(way.dataset))
+    batches = load_batches(way.dataset, sampler, cfg.num_workers, cfg.max_bad_fraction)
+    next(batches)  # workers start
+    start = time.perf_counter()
+    for batch in islice(batches, num_batches):
+        if way.codec:
+            way.codec.moments(batch["video"].to(way.codec.vae.device))[0].cpu()  # cpu: wait for the GPU
+    return (time.perf_counter() - start) / (num_batches * batch_size)
+
+
+def read_whole(path: Path, choose: Choose) -> torch.Tensor:
+    """The chosen frames (F, 3, H, W), as `read_video` gives them, picked from all the frames of the file."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return torch.from_numpy(frames[choose(len(frames))]).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
+
+
+def take_corner(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
+    """A few pixels of each frame, at negligible cost, in place of `square`."""
+    return frames[..., :8, :8]

@@ -1,0 +1,297 @@
+"""What train.py is made of beside its loop: model, schedule, guard, meter, signals, validation and previews.
+
+Letters: B clips of a process, F frames, C channels of the latents.
+"""
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from configs import SampleConfig, TrainConfig, UserError, cli, require_path
+from configs.files import check_writable
+from datasets import collate, get_dataset
+from diffusion import Diffusion, make_diffusion
+from models import get_models, meta_model
+from models.autoencoder import LatentCodec, vae_file
+from models.checkpoint import load_checkpoint
+from models.hardware import DTYPES, fastest_attention
+from models.latte import Latte, init_skips_as_identity
+from sample.media import save_grid
+from sample.pipeline import Pipeline, generate, resolve
+from sample.plans import UNCACHED, Plan, make_plan
+from tools.common import runs
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter is trained
+    "all": lambda name: True,
+    "skip": lambda name: name.startswith("skip_"),
+    "temporal": lambda name: name.startswith("blocks.") and int(name.split(".")[1]) % 2 == 1,
+}
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after warm-up -> share of the learning rate
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 + 0.5 * math.cos(math.pi * share),
+    "wsd": lambda share: min(1.0, 5 * (1.0 - share)),  # warm-up, stable, decay over the last fifth: arXiv:2405.18392
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the run: options, and what a dry run says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_training_options(cfg: TrainConfig) -> None:
+    """Raises UserError for options that contradict the model or each other."""
+    if cfg.train_only == "skip" and not meta_model(cfg).num_skips:
+        raise UserError(
+            f"train_only: {cfg.model} has no skip branches to train; choose a model with `skip` in its name"
+        )
+    if cfg.preview_every:
+        preview_plans(cfg, torch.device("cpu"))
+
+
+def describe_training(cfg: TrainConfig, run: Path | None) -> list[str]:
+    """What would run, a line each: model, data, steps, and the run that continues (None: a new one)."""
+    parameters = dict(meta_model(cfg).named_parameters())
+    size = sum(p.numel() for p in parameters.values())
+    trained = sum(p.numel() for name, p in parameters.items() if is_trained(cfg, name, p))
+    try:
+        clips = f"{len(get_dataset(cfg)):,} clips in"
+    except UserError:  # the checks of the files say why
+        clips = "no clips found in"
+    factors = cfg.local_batch_size, cfg.gradient_accumulation_steps, cli.world_size()
+    batch = "{} a forward x {} forwards x {} processes".format(*factors)
+    first, last = runs.last_saved_step(run) + 1, cfg.max_train_steps
+    place = f"continues {run}" if run else f"in {cfg.results_dir}, {runs.explain_new_run(cfg) or 'a new run'}"
+    return [
+        f"model: {cfg.model}, {size:,} parameters, {trained:,} to train, mixed_precision {cfg.mixed_precision}",
+        f"data: {clips} {cfg.latents_path or cfg.data_path}",
+        f"batch: {math.prod(factors)} clips a step, {batch}",
+        f"steps: {first} to {last}" if first <= last else f"steps: none, the run is finished at step {last}",
+        f"run: {place}",
+    ]
+
+
+def file_checks(cfg: TrainConfig, run: Path | None) -> list[Callable[[], object]]:
+    """For `cli.dry_run`: each raises UserError if files that the training reads or writes are not as they must be."""
+    checks: list[Callable[[], object]] = [lambda: check_writable(cfg, "results_dir", folder=True)]
+    checks.append(lambda: get_dataset(cfg))
+    if needs_vae(cfg):
+        checks.append(lambda: vae_file(cfg))
+    if cfg.pretrained and not runs.last_saved_step(run):
+        checks.append(lambda: require_path(cfg, "pretrained"))
+    if cfg.validation_every:
+        checks.append(lambda: validation_set(cfg))
+    return checks
+
+
+def needs_vae(cfg: TrainConfig) -> bool:
+    """Whether the training encodes or decodes videos."""
+    return bool(not cfg.latents_path or cfg.preview_every or cfg.validation_every)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def create_model(cfg: TrainConfig, device: torch.device) -> Latte:
+    """The model with its first weights; parameters that `train_only` does not name are frozen."""
+    latte = get_models(cfg).to(device)
+    dtype = DTYPES["fp32" if cfg.mixed_precision == "no" else cfg.mixed_precision]
+    latte.set_attention(fastest_attention(device, dtype) if cfg.attention_mode == "auto" else cfg.attention_mode)
+    latte.gradient_checkpointing = cfg.gradient_checkpointing
+    for name, parameter in latte.named_parameters():
+        parameter.requires_grad_(is_trained(cfg, name, parameter))
+    return latte
+
+
+def is_trained(cfg: TrainConfig, name: str, parameter: Tensor) -> bool:
+    """Whether `train_only` lets a parameter of the model be trained; the position embeddings never are."""
+    return parameter.requires_grad and TRAINABLE[cfg.train_only](name)
+
+
+def start_from_pretrained(
+    latte: Latte,
+    cfg: TrainConfig,
+    diffusion: Diffusion,
+    encoder: LatentCodec | None,
+    dataset: Dataset,
+    log: runs.RunLog,
+) -> None:
+    """Loads `cfg.pretrained`. If it is a Latte without skips, the skip branches start as `cfg.skip_init` says."""
+    absent = load_checkpoint(latte, cfg.pretrained, optional="skip_")
+    log.print(f"started from {cfg.pretrained}" + (f", skip branches from skip_init={cfg.skip_init}" if absent else ""))
+    if absent and cfg.skip_init == "identity":
+        batch = collate([dataset[0, i % len(dataset)] for i in range(8)])
+        x, _ = latent_moments(batch["video"].to(latte.pos_embed.device), encoder)  # (B, F+K, C, h, w)
+        x = x[:, : cfg.num_frames]
+        t = torch.linspace(0, diffusion.num_timesteps - 1, len(x), device=x.device).long()  # (B,)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.global_seed)).to(x)
+        y = None if cfg.num_classes is None else batch["label"].to(x.device)
+        init_skips_as_identity(latte, diffusion.q_sample(x, t, noise), t, y)
+
+
+def latent_moments(video: Tensor, encoder: LatentCodec | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a batch's latents, from pixels or, without encoder, from encoded moments."""
+    return encoder.moments(video) if encoder else video.float().chunk(2, dim=2)
+
+
+def learning_rate(cfg: TrainConfig, step: int) -> float:
+    """The learning rate of step 1, 2, ...: linear warm-up, then `lr_schedule` down to max_train_steps."""
+    if step <= cfg.lr_warmup_steps:
+        return cfg.learning_rate * step / cfg.lr_warmup_steps
+    share = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
+    return cfg.learning_rate * LR_SCHEDULES[cfg.lr_schedule](share)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: TrainConfig, step: int) -> float:
+    """Sets and returns the learning rate of `step`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+    return learning_rate(cfg, step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the steps: guard, meter, signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StepGuard:
+    """Skips steps without a finite loss and gradient, and ends a run that has `max_bad_steps` of them in a row.
+
+    With fp16's gradient scaler, overflows are how it finds the largest scale that fits: a skipped step counts as bad
+    only if the loss itself is not finite, or if the scale has come down to 1.
+    """
+
+    def __init__(self, max_bad_steps: int, scaler: torch.amp.GradScaler | None, log: runs.RunLog):
+        self.max_bad_steps, self.scaler, self.log = max_bad_steps, scaler, log
+        self.bad_steps = 0  # in a row
+
+    def accepts(self, step: int, loss: float, norm: float) -> bool:
+        """Whether the weights may take the gradient of this step; called once a step.
+
+        Raises:
+            UserError: too many bad steps in a row.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad_steps = 0
+            return True
+        self.log.print(f"step {step}: skipped, loss {loss}, gradient norm {norm}")
+        if self.scaler:
+            self.scaler.update()  # halves its scale
+        searching = self.scaler and math.isfinite(loss) and self.scaler.get_scale() > 1
+        self.bad_steps = 0 if searching else self.bad_steps + 1
+        if self.bad_steps == self.max_bad_steps:
+            raise UserError(
+                f"{self.bad_steps} steps in a row had no finite loss and gradient (max_bad_steps): lower learning_rate "
+                f"or clip from the start (start_clip_iter=0), and resume_from_checkpoint={self.log.run} to go on from "
+                "there"
+            )
+        return False
+
+
+class Meter:
+    """Mean loss, speed and memory of the steps since the last report line."""
+
+    def __init__(self, clips_per_step: int, last_step: int):
+        self.clips_per_step, self.last_step = clips_per_step, last_step
+        self.losses: list[float] = []  # finite ones since the last report line; a resumed run gets those saved
+
+    def start(self, step: int) -> None:
+        """Starts the clock, after `step`."""
+        self.step, self.time = step, time.monotonic()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Mean loss, steps/s, clips/s, GB of memory at the peak, hours to the last step; restarts the meter."""
+        rate = (step - self.step) / (time.monotonic() - self.time)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        mean = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        self.losses = []
+        self.start(step)
+        speed = dict(steps_per_s=rate, clips_per_s=rate * self.clips_per_step)
+        return dict(loss=mean, **speed, memory_gb=peak, hours_left=(self.last_step - step) / rate / 3600)
+
+
+class StopSignal:
+    """Notes that this process was asked to end (SIGTERM, Ctrl-C): the ranks agree on a step, and save first."""
+
+    def __init__(self) -> None:
+        self.noted = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = True
+
+
+def ignore_signals(worker: int) -> None:
+    """The first call of a data worker: torchrun and terminals signal it, too, but the training must still save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation and previews
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def validation_set(cfg: TrainConfig) -> Dataset:
+    """The clips of `validation_path` as pixels, without stills."""
+    path = str(require_path(cfg, "validation_path"))
+    dataset = cfg.dataset.removesuffix("_img")
+    return get_dataset(replace(cfg, dataset=dataset, data_path=path, latents_path=None, use_image_num=0))
+
+
+def validation_batch(
+    cfg: TrainConfig, codec: LatentCodec, diffusion: Diffusion, device: torch.device
+) -> dict[str, Any]:
+    """The arguments of `validation_loss`: clips of `validation_path`, timesteps and noise that never change."""
+    dataset = validation_set(cfg)
+    chosen = np.linspace(0, len(dataset) - 1, cfg.validation_clips).round().astype(int).tolist()
+    batch = collate([dataset[0, i] for i in chosen])
+    x = codec.encode(batch["video"].to(device))  # (B, F, C, h, w)
+    t = torch.linspace(0, diffusion.num_timesteps - 1, len(x), device=device).long()  # (B,)
+    noise = torch.randn(x.shape, generator=torch.Generator(device).manual_seed(cfg.global_seed), device=device)
+    labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device)}
+    return dict(x_start=x, t=t, model_kwargs=labels, noise=noise)
+
+
+@torch.no_grad()
+def validation_loss(model: Latte, diffusion: Diffusion, batch: dict[str, Any]) -> float:
+    """The mean loss of the batch made by `validation_batch`."""
+    return diffusion.training_losses(model, **batch)["loss"].mean().item()
+
+
+def preview(folder: Path, step: int, model: Latte, cfg: TrainConfig, codec: LatentCodec, device: torch.device) -> None:
+    """Writes a grid of seeds and labels 0, 1, ...: `{step}-uncached.mp4` and, with skips, `{step}-N2.mp4`."""
+    options, plans = preview_plans(cfg, device)
+    diffusion = make_diffusion(options, options.num_sampling_steps)
+    pipe = Pipeline(options, model, codec, diffusion, device, plans[0], uncached=model)
+    seeds = range(cfg.preview_clips)
+    labels = None if model.num_classes is None else [seed % model.num_classes for seed in seeds]
+    for plan in plans:
+        save_grid(folder / f"{step:07d}-{plan.name}.mp4", generate(pipe, seeds, labels, plan), options.fps)
+
+
+def preview_plans(cfg: TrainConfig, device: torch.device) -> tuple[SampleConfig, list[Plan]]:
+    """The sampling options of the previews and a plan for each; UserError for options that contradict each other."""
+    shared = {each.name: getattr(cfg, each.name) for each in fields(SampleConfig) if hasattr(cfg, each.name)}
+    options = resolve(SampleConfig(**shared), device)
+    cached = replace(options.cache, interval=max(2, options.cache.interval))
+    caches = [UNCACHED, cached] if meta_model(cfg).num_skips else [UNCACHED]
+    return options, [make_plan(options, cache) for cache in caches]
