@@ -196,9 +196,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     ckpt: str | None = option(None, "weights: .pt (ema | model | bare) or .safetensors", path=True)
     save_video_path: str = option("./sample_videos/", "the output folder", path=True)
     seed: int = option(0, "the first seed; clip i has seed + i")
-    sample_names: list[Any] | None = option(
-        None, "sample.py: classes by index or name; empty: every class"
-    )
+    sample_names: list[Any] | None = option(None, "sample.py: classes by index or name; empty: every class")
     samples_per_class: int = option(1, "sample.py: clips per class", least=1)
     dataset: str | None = option(None, "the data set that names the classes: ucf101, or any training set")
     data_path: str | None = option(None, "the class folders that name the classes (ucf101 needs none)", path=True)
