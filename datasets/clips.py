@@ -17,6 +17,7 @@ from datasets.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadClip, Read, has_
 from datasets.transforms import square
 
 MAX_TRIES = 100  # unusable files in a row before `read_usable` gives up
+MAX_NAMED = 10  # unusable files that a message names
 
 Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # (frames read, image_size, flip) -> an item's frames
 
@@ -96,10 +97,10 @@ def read_usable(
     raise UserError(f"none of {MAX_TRIES} files drawn in a row can be used: {summary(skipped)}")
 
 
-def summary(skipped: Sequence[str], shown: int = 10) -> str:
-    """Returns up to `shown` of the skipped files in one line, each of them once, and the number of the others."""
+def summary(skipped: Sequence[str]) -> str:
+    """Returns the first skipped files in one line, each of them once, and the number of the others."""
     names = list(dict.fromkeys(skipped))
-    return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
+    return "; ".join(names[:MAX_NAMED]) + (f"; and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,16 +26,16 @@ def randn_per_sample(
     shape: Sequence[int],
     generators: Sequence[torch.Generator] | None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns standard normal noise of shape (B, ...); sample i is drawn from generators[i] alone.
+    """Returns standard normal noise of shape (B, ...) in fp32; sample i is drawn from generators[i] alone.
 
     None draws from the device's global generator, and gives the same numbers as torch.randn_like.
     """
     if generators is None:
-        return torch.randn(shape, device=device, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=torch.float32)
     assert len(generators) == shape[0], f"{len(generators)} generators for {shape[0]} samples"
-    return torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
+    draws = [torch.randn(shape[1:], generator=g, device=device, dtype=torch.float32) for g in generators]
+    return torch.stack(draws)
 
 
 def ddpm(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:

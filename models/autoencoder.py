@@ -111,13 +111,9 @@ class LatentCodec:
         mean, std = self._by_chunks(encode, videos).chunk(2, dim=2)
         return mean, std
 
-    def encode(self, videos: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Returns the latents of videos: their mean, or a draw from the posterior with standard normal noise `eps`.
-
-        (B, F, 3, H, W), uint8 or in [-1, 1] -> (B, F, C, h, w)
-        """
-        mean, std = self.moments(videos)
-        return mean if eps is None else mean + std * eps
+    def encode(self, videos: Tensor) -> Tensor:
+        """Returns the mean latents of videos: (B, F, 3, H, W), uint8 or in [-1, 1] -> (B, F, C, h, w)."""
+        return self.moments(videos)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the videos of latents: (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1]."""
