@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import torch
 from einops import rearrange
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,7 @@ from models.layers import (
     FinalLayer,
     FP32LayerNorm,
     LabelEmbedder,
+    PatchEmbed,
     SkipLinear,
     TimestepEmbedder,
     sincos_1d,
@@ -74,7 +74,7 @@ class Latte(nn.Module, StrictHubMixin):
         self.input_size, self.patch_size, self.num_layers = input_size, patch_size, depth // 2
         self.gradient_checkpointing = False
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = None
         if num_classes is not None:
@@ -164,7 +164,7 @@ class Latte(nn.Module, StrictHubMixin):
     def set_attention(self, mode: str) -> None:
         """Selects the attention: `sdpa` (torch's fused kernel) or `math` (plain products)."""
         for block in self.blocks:
-            block.attn.fused_attn = mode == "sdpa"
+            block.attn.fused = mode == "sdpa"
 
     def init_weights(self) -> None:
         """Initializes as adaLN-zero: every block is the identity and the output is zero. Other layers are Xavier."""

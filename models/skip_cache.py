@@ -108,9 +108,7 @@ class SkipCache:
         self.full_step, self.cached_step = steps
         weights = forecast_weights(plan, order) if weights is None else weights
         self.weights = iter(weights)  # one entry per call
-        self.deep: deque[Tensor] = deque(
-            maxlen=max(1, *map(len, weights))
-        )  # (B, F, T, D) each, newest first
+        self.deep: deque[Tensor] = deque(maxlen=max(1, *map(len, weights)))  # (B, F, T, D) each, newest first
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, 2C, H, W)."""

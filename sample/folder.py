@@ -52,7 +52,7 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
         "recipe": {"path": cfg.recipe, "sha256": file_hash(cfg.recipe)} if cfg.recipe else None,
         "machine": describe_machine(device),
         "device": device.type,  # a seed draws other noise on CUDA than on a CPU
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "timm")}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers")}},
     }
 
 

@@ -7,6 +7,7 @@ from configs import SampleConfig, UserError, load_config
 from models import SIZES, get_models, parse_name
 from models.hardware import fastest_attention
 from models.latte import Latte
+from models.layers import Attention, Mlp, PatchEmbed
 from models.skip_cache import SkipCache, cached_step, forecast_weights, full_step, interval_plan
 
 TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)
@@ -172,6 +173,24 @@ def test_attention_modes_agree(dtype):
     model.set_attention("sdpa")
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (model(x, t, y) - plain).float().norm() <= tolerance * plain.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_blocks_parts_are_those_of_timm_bit_for_bit(dtype, fused):
+    """Names, first weights and outputs of attention, MLP and patch embedding; published checkpoints rely on them."""
+    from timm import layers as theirs
+
+    pairs = [
+        (Attention(32, 4), theirs.Attention(32, 4, qkv_bias=True), (6, 16, 32)),
+        (Mlp(32, 128), theirs.Mlp(32, 128, act_layer=lambda: torch.nn.GELU(approximate="tanh")), (6, 16, 32)),
+        (PatchEmbed(2, 4, 32), theirs.PatchEmbed(8, 2, 4, 32), (3, 4, 8, 8)),
+    ]
+    for ours, timms, shape in pairs:
+        timms.load_state_dict(ours.state_dict(), strict=True)
+        ours.fused = timms.fused_attn = fused
+        x = torch.randn(shape, dtype=dtype)
+        assert torch.equal(ours.to(dtype)(x), timms.to(dtype)(x))
 
 
 def test_fastest_attention_is_plain_only_for_bf16_on_a_cpu():

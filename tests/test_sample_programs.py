@@ -60,7 +60,7 @@ def test_sample_writes_a_clip_for_each_class_and_a_record(tiny, tmp_path, monkey
     assert record["clips"][0] == {"seed": 5, "label": 2, "name": "class2"}
     assert record["config"]["precision"] == "fp32" and len(record["checkpoint"]["sha256"]) == 64
     assert record["runs"][0]["plan"]["full_steps"] == 6 and record["runs"][0]["seconds"]["sampling"] > 0
-    assert record["machine"] and set(record["versions"]) == {"python", "torch", "diffusers", "timm"}
+    assert record["machine"] and set(record["versions"]) == {"python", "torch", "diffusers"}
 
 
 def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, capsys):
