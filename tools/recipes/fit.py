@@ -3,8 +3,8 @@
 A step of the solver goes from state x_i at evaluated step i to state x_j:
     x_j = a x_i + b0 v_i + b1 v_h + b2 v_g + e x_h,
 where h and g are the evaluated steps before i, and v = alpha eps - sigma x_0 is the velocity (Salimans & Ho 2022). The
-five numbers of a step, its move, are fitted by ridge regression around those of the second-order solver in the angle
-phi = atan(sigma / alpha), which is DDIM with an extrapolated velocity.
+five numbers of a step, its move, are fitted by ridge regression around those of a second-order solver in the angle
+phi = atan(sigma / alpha), see `prior_move`.
 Letters: N steps of the reference run, so that x_0 ... x_N are its states; K evaluated steps; G the largest gap.
 """
 
@@ -20,15 +20,20 @@ NUM_COEFFICIENTS = 5  # of a move: a, b0, b1, b2, e
 
 
 def prior_move(angles: Sequence[float], previous: int | None, current: int, following: int) -> list[float]:
-    """The move of the second-order solver in the angle, (a, b0, b1, b2, e); DDIM's if there is no previous step.
+    """The move of a second-order solver, (a, b0, b1, b2, e); DDIM's if there is no previous step.
+
+    DDIM holds x_0 and eps: x_j = x_i cos d - v_i sin d with d = phi_i - phi_j. Held from step h on, they would give the
+    velocity v_h cos d' + x_h sin d' at step i, with d' = phi_h - phi_i. By how much v_i differs is the change of the
+    prediction over d', and half of the change to be expected over d is added to v_i.
 
     angles: phi of states 0 ... N, from noise to clean; the last is 0.
     """
-    step = angles[current] - angles[following]
+    d = angles[current] - angles[following]
     if previous is None:
-        return [math.cos(step), -math.sin(step), 0.0, 0.0, 0.0]
-    ratio = min(1.0, step / (2 * (angles[previous] - angles[current])))
-    return [math.cos(step), -(1 + ratio) * math.sin(step), ratio * math.sin(step), 0.0, 0.0]
+        return [math.cos(d), -math.sin(d), 0.0, 0.0, 0.0]
+    before = angles[previous] - angles[current]
+    half = math.sin(d) * min(1.0, d / (2 * before))
+    return [math.cos(d), -math.sin(d) - half, half * math.cos(before), 0.0, half * math.sin(before)]
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor) -> Tensor:

@@ -1,0 +1,335 @@
+"""Recipes: fitted solvers, the choice of their steps, recipe files, and tools/calibrate.py on a tiny model."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from configs import SampleConfig, UserError, load_config
+from diffusion import create_diffusion
+from diffusion.sampling import linear_multistep
+from sample import sample, sample_ddp
+from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
+from sample.plans import make_plan
+from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
+from tools import calibrate
+from tools.metrics.statistics import geometric_mean, ratio_interval
+from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
+from tools.recipes.search import angles_of, fit_solver, interpolate_growth, measure_growth
+from tools.recipes.trajectories import load_trajectories, record
+
+CPU = torch.device("cpu")
+
+
+class GaussianVelocity:
+    """The exact velocity for data of a normal distribution with mean 0.5 and deviation 0.3, prediction v."""
+
+    def __init__(self, diffusion):
+        self.alphas = torch.from_numpy(create_diffusion("", learn_sigma=False).alphas_cumprod)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        a = self.alphas[t].view(-1, *[1] * (x.ndim - 1))
+        alpha, sigma = a.sqrt(), (1 - a).sqrt()
+        variance = a * 0.3**2 + 1 - a
+        x0 = 0.5 + alpha * 0.3**2 / variance * (x.double() - alpha * 0.5)
+        return ((alpha * x - x0) / sigma).float()
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny) -> Pipeline:
+    cfg = load_config(SampleConfig, tiny, ["num_sampling_steps=10", "eta=0"])
+    return load(resolve(cfg, CPU), CPU)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# The solver
+
+
+def test_moves_of_the_angle_are_ddim():
+    """x cos - v sin is DDIM's step, Song et al. 2021, eq. 12, written in the angle."""
+    diffusion = create_diffusion("20", prediction="v", learn_sigma=False)
+    angles, model = angles_of(diffusion), GaussianVelocity(diffusion)
+    moves = [prior_move(angles, None, i, i + 1) for i in range(20)]
+    z = torch.randn(2, 1, 4, 3, 3)
+    ours = diffusion.sample_loop(model, z.shape, z, clip_denoised=False, method=partial(linear_multistep, moves))
+    theirs = diffusion.ddim_sample_loop(model, z.shape, z, clip_denoised=False)
+    assert relative(ours, theirs) < 1e-5
+
+
+def test_second_order_moves_converge_faster_than_ddim():
+    """On data with a known answer, 20 steps of the prior's moves come nearer to 1000 DDIM steps than 20 of DDIM."""
+    z = torch.randn(2, 1, 4, 3, 3)
+    exact = create_diffusion("", prediction="v", learn_sigma=False)
+    exact = exact.ddim_sample_loop(GaussianVelocity(exact), z.shape, z, clip_denoised=False)
+    diffusion = create_diffusion("20", prediction="v", learn_sigma=False)
+    angles, model = angles_of(diffusion), GaussianVelocity(diffusion)
+    moves = [prior_move(angles, i - 1 if i else None, i, i + 1) for i in range(20)]
+    ours = diffusion.sample_loop(model, z.shape, z, clip_denoised=False, method=partial(linear_multistep, moves))
+    ddim = diffusion.ddim_sample_loop(model, z.shape, z, clip_denoised=False)
+    assert relative(ours, exact) < 0.5 * relative(ddim, exact)
+
+
+def test_a_ridge_fit_finds_exact_weights_and_stays_at_the_prior_without_data():
+    torch.manual_seed(0)
+    columns = torch.randn(3, 500, dtype=torch.float64)
+    weights = torch.tensor([0.7, -0.2, 1.5], dtype=torch.float64)
+    stacked = torch.cat([columns, (weights @ columns)[None]])
+    assert fit_move(stacked @ stacked.T, [0.0, 0.0, 0.0]) == pytest.approx(weights.tolist(), abs=1e-5)
+    twice = torch.stack([columns[0], columns[0]])  # two equal columns share what the prior lacks
+    found = ridge(twice @ twice.T, twice @ columns[0], torch.tensor([0.5, 0.1], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([0.7, 0.3], abs=1e-5)
+
+
+# The choice of steps
+
+
+@pytest.mark.parametrize(
+    ("N", "num_steps", "max_gap"), [(6, 3, 4), (7, 4, 3), (8, 3, 8), (9, 2, 6), (5, 5, 2), (6, 1, 6)]
+)
+def test_dynamic_programming_equals_brute_force(N, num_steps, max_gap):
+    random = np.random.default_rng(N)
+    errors = np.full((N, max_gap + 1, max_gap + 1), np.inf)
+    for i in range(N):
+        for back in range(1, min(i, max_gap) + 1) if i else [0]:
+            errors[i, back, 1 : min(max_gap, N - i) + 1] = random.random(min(max_gap, N - i))
+
+    def cost(steps: tuple[int, ...]) -> float:
+        path = (*steps, N)
+        gaps = [b - a for a, b in pairwise(path)]
+        if max(gaps) > max_gap:
+            return math.inf
+        return sum(errors[i, back, gap] ** 2 for i, back, gap in zip(steps, [0, *gaps[:-1]], gaps, strict=True))
+
+    best = min(((0, *rest) for rest in combinations(range(1, N), num_steps - 1)), key=cost)
+    assert place_steps(errors, num_steps) == list(best)
+
+
+def test_too_few_steps_for_the_largest_gap_is_an_error():
+    with pytest.raises(ValueError, match="no path of 2 steps with gaps of at most 3 leads from 0 to 10"):
+        place_steps(np.ones((10, 4, 4)), 2)
+
+
+def test_step_errors_are_those_of_the_fits(pipe, tmp_path):
+    """A few entries against a least-squares fit of the vectors themselves."""
+    record(pipe, tmp_path, [0, 1], every_step=True)
+    runs = load_trajectories(tmp_path, [0, 1])
+    x, v = (each.transpose(0, 1).flatten(1).double() for each in runs)  # (11, P), (10, P)
+    vectors = torch.cat([x, v])
+    errors = step_errors(vectors @ vectors.T, angles_of(pipe.diffusion), max_gap=4)
+    for h, i, j in ((0, 3, 7), (2, 5, 8), (3, 6, 10)):
+        columns = torch.stack([x[i], v[i], v[h], x[h]], dim=1)
+        fit = columns @ torch.linalg.lstsq(columns, x[j][:, None]).solution
+        assert errors[i, i - h, j - i] == pytest.approx(float((x[j][:, None] - fit).norm() / x[j].norm()), rel=0.05)
+    assert np.isinf(errors[3, 0, 1]) and np.isinf(errors[9, 1, 2]) and np.isfinite(errors[0, 0, 4])
+
+
+def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path):
+    """Where the model is linear, an error grows by the same factor whatever its size; at the last state it is 1."""
+    record(pipe, tmp_path, [0, 1], every_step=True)
+    runs = load_trajectories(tmp_path, [0, 1])
+    growth = measure_growth(pipe, runs, [0, 1], [0, 5], lambda: None)
+    assert growth.shape == (2, 2) and (growth > 0).all()
+    filled = interpolate_growth(growth, [0, 5], 11)
+    assert filled.shape == (11,) and filled[10] == 1
+    assert filled[5] == pytest.approx(float(growth[1].log().mean().exp()))
+    assert min(filled[0], filled[5]) <= filled[2] <= max(filled[0], filled[5])
+
+
+def test_a_fit_through_every_step_repeats_the_reference(pipe, tmp_path):
+    """With all steps evaluated, DDIM's own moves are among those that are fitted."""
+    record(pipe, tmp_path, [0, 1, 2], every_step=True)
+    fit = fit_solver(pipe, tmp_path, [[0, 1], [2]], range(10), lambda: None)
+    assert max(fit.errors) < 1e-3
+    assert fit.moves[0][2:] == [0, 0, 0] and all(len(move) == 5 for move in fit.moves)
+
+
+def test_recorded_runs_are_the_samples(pipe, tmp_path):
+    record(pipe, tmp_path, [3, 4], every_step=True)
+    record(pipe, tmp_path / "last", [3, 4], every_step=False)
+    runs, last = load_trajectories(tmp_path, [3, 4]), load_trajectories(tmp_path / "last", [3, 4])
+    latents = sample_latents(pipe, [3, 4], [0, 1])
+    assert runs.states.shape == (2, 11, 4, 4, 4, 4) and runs.velocities.shape == (2, 10, 4, 4, 4, 4)
+    assert torch.equal(runs.states[:, -1], latents) and torch.equal(last.states[:, -1], latents)
+
+
+# Recipes
+
+
+def make_recipe(cfg: SampleConfig, solver: str = "ddim", **changes) -> Recipe:
+    plan = make_plan(cfg)
+    steps = tuple(Step(t, w) for t, w in zip(plan.timesteps, plan.weights, strict=True))
+    reference = {"sample_method": "ddim", "num_sampling_steps": len(steps)}
+    fields = dict(name="mine", depth=1, steps=steps, reference=reference, made_for=fingerprint(cfg))
+    return Recipe(solver=solver, **fields | changes)
+
+
+@pytest.mark.parametrize("cache", ["uncached", "N2-o1"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver++", "unipc"])
+def test_a_recipe_made_from_options_is_the_run_of_these_options_bit_for_bit(pipe, tmp_path, solver, cache):
+    from sample.plans import parse_plan
+
+    own = with_options(pipe, sample_method=solver, cache=parse_plan(cache))
+    save_recipe(tmp_path / "mine.json", make_recipe(own.cfg, solver))
+    by_recipe = with_options(pipe, recipe=str(tmp_path / "mine.json"))
+    assert by_recipe.plan.solver == solver and by_recipe.plan.full == own.plan.full
+    assert torch.equal(sample_latents(by_recipe, [5, 6], [1, 2]), sample_latents(own, [5, 6], [1, 2]))
+
+
+def test_a_recipe_comes_back_from_its_file(pipe, tmp_path):
+    steps = (Step(999, (), (1.0, -0.5, 0.0, 0.0, 0.0)), Step(400, (1.5, -0.5), (0.9, -0.4, 0.1, 0.0, 0.02)))
+    recipe = make_recipe(pipe.cfg, FITTED, steps=steps, table=({"sampler": "ddim", "l2": 0.1},))
+    save_recipe(tmp_path / "r.json", recipe)
+    assert load_recipe(tmp_path / "r.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": []}, "its timesteps must fall"),
+        ({"steps": [{"t": 10}, {"t": 20}]}, "its timesteps must fall"),
+        ({"steps": [{"t": 10}, {"t": 10}]}, "its timesteps must fall"),
+        ({"steps": [{"t": -1}]}, "its timesteps must fall"),
+        ({"steps": [{"t": 10, "feature": [1.0]}]}, "its first step is cached"),
+        ({"solver": "fitted"}, "step t=999 has 0 coefficients"),
+        ({"steps": [{"t": 10, "move": [1, 2]}]}, "step t=10 has 2 coefficients"),
+        ({"steps": [{"t": 10}, {"t": 5, "feature": [float("nan")]}]}, "a number that is not finite"),
+        ({"format": 2}, "of another format than 1"),
+        ({"steps": None}, "is no recipe"),
+        ({"unknown": 1}, "is no recipe"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_one_line(pipe, tmp_path, change, message):
+    path = tmp_path / "r.json"
+    save_recipe(path, make_recipe(pipe.cfg))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\xff\xfe", "name: yaml"])
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
+    (tmp_path / "r.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"r\.json is no recipe") as caught:
+        load_recipe(tmp_path / "r.json")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"nothing at /nowhere; make one with tools/calibrate\.py"):
+        load_recipe("/nowhere")
+
+
+def test_a_recipe_of_another_checkpoint_or_guidance_is_refused(pipe, tmp_path):
+    path = tmp_path / "r.json"
+    made_for = fingerprint(pipe.cfg)
+    cfg = replace(pipe.cfg, recipe=str(path))
+
+    save_recipe(path, make_recipe(pipe.cfg, made_for=made_for | {"checkpoint": "0" * 64}))
+    with pytest.raises(UserError, match=f"was made for checkpoint={'0' * 64}, not {made_for['checkpoint']}"):
+        check_recipe(cfg)
+    with pytest.raises(UserError, match="was made for checkpoint="):
+        check_recipe(replace(cfg, recipe_anyway=True))
+
+    save_recipe(path, make_recipe(pipe.cfg, made_for=made_for | {"cfg_scale": 7.0}))
+    with pytest.raises(UserError, match=r"made for cfg_scale=7\.0, not 2\.0; recipe_anyway=True"):
+        check_recipe(cfg)
+    check_recipe(replace(cfg, recipe_anyway=True))
+
+
+def run(monkeypatch, program, *argv: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, argv)])
+    program.main()
+
+
+def test_programs_sample_by_a_recipe(tiny, pipe, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.json"
+    save_recipe(path, make_recipe(with_options(pipe, num_sampling_steps=4).cfg))
+    common = ["--config", tiny, "--recipe", path]
+    run(monkeypatch, sample, *common, "--compare", f"save_video_path={tmp_path}/one")
+    record_ = json.loads((tmp_path / "one/sample.json").read_text())
+    assert [each["plan"]["name"] for each in record_["runs"]] == ["uncached", "mine"]
+    assert record_["runs"][1]["plan"]["steps"] == "FFFF" and (tmp_path / "one/mine/grid.mp4").exists()
+
+    run(monkeypatch, sample_ddp, *common, f"save_video_path={tmp_path}/many", "num_fvd_samples=1")
+    save_recipe(path, make_recipe(with_options(pipe, num_sampling_steps=5).cfg))
+    with pytest.raises(UserError, match=r"made with recipe=[0-9a-f]{12}, not [0-9a-f]{12}"):
+        run(monkeypatch, sample_ddp, *common, f"save_video_path={tmp_path}/many", "num_fvd_samples=1")
+    with pytest.raises(UserError, match="nothing at /nowhere"):
+        run(monkeypatch, sample, "--config", tiny, "--recipe", "/nowhere", "--dry-run")
+
+
+# Calibration
+
+
+def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
+    """The recipe samples what the table says; a second run measures nothing; a part of a line is measured again."""
+    out = tmp_path / "out"
+    command = ["--config", tiny, f"output={out}", "budgets=[0.5]", "num_calibration=3", "num_clips=4"]
+    run(monkeypatch, calibrate, *command)
+    text = (out / "calibrate.md").read_text()
+    assert "ddim, 3 steps" in text and "fitted, 3 steps, growth^1" in text and "N" in text
+    recipe = load_recipe(out / "recipe-50.json")
+    chosen = next(row for row in recipe.table if row["chosen"])
+    assert chosen["share"] <= 0.5 and len(recipe.table) >= 5 and recipe.reference["num_sampling_steps"] == 6
+
+    cfg = resolve(load_config(SampleConfig, tiny, [f"recipe={out}/recipe-50.json"]), CPU)
+    by_recipe, seeds = load(cfg, CPU), [30000, 30001]
+    reference = load_trajectories(out / "trajectories", seeds).states[:, -1]
+    latents = sample_latents(by_recipe, seeds, [seed % 3 for seed in seeds])
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    measured = next(line for line in lines if line["candidate"] == chosen["sampler"] and line["seeds"] == seeds)
+    for i in range(2):
+        assert measured["l2"][i] == pytest.approx(relative(latents[i], reference[i]), rel=1e-4)
+
+    tables, results = recipe.table, (out / "results.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        for name in ("record", "measure", "fit_solver", "measure_growth"):
+            patch.setattr(calibrate, name, lambda *args: pytest.fail("all was there"))
+        run(monkeypatch, calibrate, *command)
+    assert load_recipe(out / "recipe-50.json").table == tables
+    (out / "results.jsonl").write_text(results[:-40])
+    run(monkeypatch, calibrate, *command)
+    assert len((out / "results.jsonl").read_text().splitlines()) == len(lines)
+    with pytest.raises(UserError, match=r"output: .*made with cfg_scale=2\.0, not 3\.0"):
+        run(monkeypatch, calibrate, *command, "cfg_scale=3")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("sample_method=ddpm", "ddpm with eta=0 draws noise at every step; valid: ddim, dpmsolver\\+\\+, unipc"),
+        ("eta=0.5", "ddim with eta=0.5 draws noise"),
+        ("budgets=[0.1]", "budgets: 0.1 of 6 steps is less than two steps"),
+        ("budgets=[1.5]", "budgets: 1.5 is more than 1"),
+        ("held_out_seed=20001", "these seeds are also held out"),
+        ("num_clips=1", "num_clips: 1 is less than 2"),
+    ],
+)
+def test_calibrations_that_make_no_sense_are_one_line(tiny, tmp_path, monkeypatch, option, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", option)
+
+
+def test_a_dry_run_says_what_the_calibration_takes(tiny, monkeypatch, capsys):
+    run(monkeypatch, calibrate, "--config", tiny, "--dry-run", "num_calibration=3", "num_clips=4", "budgets=[0.5]")
+    text = capsys.readouterr().out
+    assert "# calibration: 3 clips, 4 held out, budgets [0.5]" in text and "# work: at most " in text
+
+
+def test_ratios_are_paired_and_their_interval_is_students():
+    values, controls = [1.0, 2.0, 8.0], [2.0, 4.0, 4.0]
+    found = ratio_interval(values, controls)
+    logs = np.log([0.5, 0.5, 2.0])
+    margin = 4.302652729911275 * logs.std(ddof=1) / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
+    assert found["ratio"] == pytest.approx(math.exp(logs.mean()))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.exp(logs.mean() + np.array([-margin, margin]))))
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4) and geometric_mean([0.0, 8.0]) == 0
