@@ -21,7 +21,7 @@ class StepMacs:
     """MACs of one step on one sample, without guidance (which doubles them)."""
 
     full: int
-    cached: int  # for a model without skips: the same as full
+    cached: int
 
 
 def step_macs(options: ModelOptions, depth: int = 1) -> StepMacs:
@@ -40,8 +40,6 @@ def _count(model: Latte, depth: int) -> StepMacs:
 
     with FlopCounterMode(display=False) as full:
         _, deep = full_step(model, depth, x, t, y)
-    if not model.num_skips:
-        return StepMacs(full.get_total_flops() // 2, full.get_total_flops() // 2)
     with FlopCounterMode(display=False) as cached:
         cached_step(model, depth, x, t, y, deep)
     return StepMacs(full.get_total_flops() // 2, cached.get_total_flops() // 2)

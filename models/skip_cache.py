@@ -7,6 +7,9 @@ the first b layers to the last b.
     full step:    embed, layers 0 ... L-b-1, keep the deep feature, layers L-b ... L-1, unembed
     cached step:  embed, layers 0 ... b-1 for their skips, the kept deep feature, layers L-b ... L-1, unembed
 
+Where the skips do not reach (a Latte without them, or b > num_skips), the fresh output of the first b layers would be
+lost. There the change over the layers between is kept instead, and added to it, as in Delta-DiT (arXiv:2406.01125).
+
 `SkipCache` runs the steps. A plan, a list made before the run, says which of them run in full. Beyond the paper, the
 deep feature can be forecast from those of several full steps, as TaylorSeer (arXiv:2503.06923) does in every block.
 Letters: B batch, F frames, T tokens of a frame, D width, L layers.
@@ -62,19 +65,24 @@ def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
 
 
 def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs all layers; returns the model's output (B, F, 2C, H, W) and the deep feature (B, F, T, D)."""
+    """Runs all layers; returns the model's output (B, F, 2C, H, W) and what is kept of the step (B, F, T, D)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
-    deep = model.run(range(model.num_layers - depth), x, c, skips)
+    head = model.run(range(depth), x, c, skips)
+    deep = model.run(range(depth, model.num_layers - depth), head, c, skips)
+    kept = deep if depth <= model.num_skips else deep - head
+    del head  # its memory serves the last layers
     x = model.run(range(model.num_layers - depth, model.num_layers), deep, c, skips)
-    return model.unembed(x, c), deep
+    return model.unembed(x, c), kept
 
 
-def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None, deep: Tensor) -> Tensor:
-    """Runs `depth` outer layers at each end, the last ones on `deep`; returns the output (B, F, 2C, H, W)."""
+def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None, kept: Tensor) -> Tensor:
+    """Runs `depth` outer layers at each end, around `kept` of a full step; returns the output (B, F, 2C, H, W)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
-    model.run(range(depth), x, c, skips)  # fills `skips`; its output is not needed
+    head = model.run(range(depth), x, c, skips)  # with skip branches, only the skips are used
+    deep = kept if depth <= model.num_skips else head + kept
+    del head  # its memory serves the last layers
     x = model.run(range(model.num_layers - depth, model.num_layers), deep, c, skips)
     return model.unembed(x, c)
 
@@ -85,7 +93,7 @@ class SkipCache:
     It counts its calls and keeps the last deep features, so every run needs a new one.
 
     Args:
-        model: a Latte with at least `depth` skips.
+        model: a Latte.
         plan: for each step, whether it runs in full; the first step must.
         depth: b, the number of outer layers at each end.
         order: of the forecast, see `forecast_weights`.
@@ -102,7 +110,7 @@ class SkipCache:
         steps: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]] = (full_step, cached_step),
         weights: Sequence[Sequence[float]] | None = None,
     ):
-        check_cache_depth(model.num_skips, depth)
+        check_cache_depth(model, depth)
         assert plan[0], "the first step has nothing to reuse"
         self.model, self.depth = model, depth
         self.full_step, self.cached_step = steps
@@ -124,14 +132,10 @@ class SkipCache:
         return self.cached_step(self.model, self.depth, x, t, y, deep)
 
 
-def check_cache_depth(num_skips: int, depth: int) -> None:
-    """Raises UserError unless each of the `depth` outer layers has a skip branch around the cached layers."""
-    if num_skips == 0:
-        raise UserError(
-            "Skip-Cache needs long skip branches, and this model has none: choose a model with `skip` in its name"
-        )
-    if not 1 <= depth <= num_skips:
-        raise UserError(f"cache.depth: {depth} is outside 1 ... {num_skips}, the model's number of skip branches")
+def check_cache_depth(model: Latte, depth: int) -> None:
+    """Raises UserError unless the model has `depth` layers at each end."""
+    if not 1 <= depth <= model.num_layers // 2:
+        raise UserError(f"cache.depth: {depth} is outside 1 ... {model.num_layers // 2}, half of the model's layers")
 
 
 def compile_steps() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:

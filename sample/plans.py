@@ -93,7 +93,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     """Returns the plan of `cache` (None: the options of `cfg`) for the model, sampler and guidance of `cfg`.
 
     Raises:
-        UserError: the model has too few skip branches for the plan, or a value is invalid.
+        UserError: the model has too few layers for the plan, or a value is invalid.
     """
     if cfg.recipe and cache is None:
         return recipe_plan(load_recipe(cfg.recipe), cfg)
@@ -101,7 +101,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     if cache.interval is None:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
     if cache.interval > 1:
-        check_cache_depth(meta_model(cfg).num_skips, cache.depth)
+        check_cache_depth(meta_model(cfg), cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
     return Plan(
@@ -119,7 +119,7 @@ def recipe_plan(recipe: Recipe, cfg: SampleConfig) -> Plan:
     """Returns the plan of a recipe for the model and guidance of `cfg`."""
     full = sum(not step.feature for step in recipe.steps)
     if full < len(recipe.steps):
-        check_cache_depth(meta_model(cfg).num_skips, recipe.depth)
+        check_cache_depth(meta_model(cfg), recipe.depth)
     return Plan(
         name=recipe.name,
         cache=replace(UNCACHED, depth=recipe.depth),

@@ -196,6 +196,8 @@ def test_trainer_saves_a_vae_whose_latents_have_unit_std(clips, tmp_path):
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["scaling_factor"] == pytest.approx(codec.scale, rel=1e-3)
     assert last["step"] == 4 and {"psnr", "sharpness", "psnr_Box"} <= last.keys()
+    with pytest.raises(UserError, match="holds a finished VAE: choose another folder, or remove it"):
+        train(tiny_run(clips, tmp_path))
 
 
 def test_trainer_learns(clips, tmp_path):

@@ -246,11 +246,35 @@ def test_all_full_plan_equals_the_model_bit_for_bit():
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 2])
-def test_cached_step_on_the_same_input_equals_a_full_one(depth):
-    """Nothing to lose where the deep feature is that of the step itself."""
-    model, (x, t, y) = tiny(), inputs()
+@pytest.mark.parametrize("num_skips", [0, 1, 2])
+def test_cached_step_on_the_same_input_equals_a_full_one(num_skips, depth):
+    """What is kept of a step makes the step itself, with skips around all cached layers, around some, and without."""
+    model, (x, t, y) = tiny(num_skips=num_skips), inputs()
     cache = SkipCache(model, [True, False], depth)
     torch.testing.assert_close(cache(x, t, y), cache(x, t, y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_skips", "depth"), [(0, 1), (1, 2)])
+def test_without_skips_the_change_over_the_inner_layers_is_kept(num_skips, depth):
+    """A cached step is the fresh head plus the last full step's change, then the tail (Delta-DiT, arXiv:2406.01125)."""
+    model, (x, t, y) = tiny(num_skips=num_skips, depth=12), inputs()
+    L = model.num_layers
+
+    def parts(x):
+        tokens, c = model.embed(x, t, y)
+        skips = []
+        head = model.run(range(depth), tokens, c, skips)
+        return head, model.run(range(depth, L - depth), head, c, list(skips)), c, skips
+
+    old_head, old_deep, _, _ = parts(x)
+    head, _, c, skips = parts(x + 0.1)
+    out = model.run(range(L - depth, L), head + (old_deep - old_head), c, skips)
+    cache = SkipCache(model, [True, False], depth)
+    cache(x, t, y)
+    cached = cache(x + 0.1, t, y)
+    torch.testing.assert_close(cached, model.unembed(out, c))
+    assert not torch.allclose(cached, model(x + 0.1, t, y), atol=1e-4), "and no full step"
 
 
 @torch.no_grad()
@@ -296,9 +320,8 @@ def test_order_that_no_forecast_has_is_refused():
         SkipCache(tiny(), [True], order=4)
 
 
-@pytest.mark.parametrize(
-    ("num_skips", "depth", "message"), [(0, 1, "needs long skip branches"), (2, 3, "1 ... 2"), (2, 0, "1 ... 2")]
-)
-def test_cache_that_the_skips_cannot_carry_is_refused(num_skips, depth, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("num_skips", [0, 2])
+def test_a_cache_of_more_layers_than_there_are_is_refused(num_skips, depth):
+    with pytest.raises(UserError, match=rf"cache.depth: {depth} is outside 1 ... 2, half of the model's layers"):
         SkipCache(tiny(num_skips=num_skips), [True], depth)

@@ -220,7 +220,6 @@ def test_attention_follows_the_precision():
         (["precision=int8"], "precision: 'int8' is unknown"),
         (["precision=fp16"], "precision: fp16 runs in software on a CPU"),
         (["attention_mode=flash"], "attention_mode: 'flash' is unknown"),
-        (["num_skips=0", "cache.interval=2"], "this model has none"),
         (["cache.interval=0"], "cache.interval: 0 is less than 1"),
         (["cache.interval=2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
         (["num_classes=null"], "this model has no classes; use cfg_scale=1"),

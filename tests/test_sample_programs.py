@@ -137,8 +137,8 @@ def test_flags_left_out_keep_the_values_of_the_yaml(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--deepcache", "2", "num_skips=0"], "Skip-Cache needs long skip branches, and this model has none"),
-        (["--cache", "N2", "num_skips=0"], "Skip-Cache needs long skip branches, and this model has none"),
+        (["--deepcache", "2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
+        (["--cache", "N2-b3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["--deepcache", "2", "--cache", "N2"], "--cache and --deepcache both give a plan"),
         (["--cache", "2"], "--cache 2: expected N<interval>"),
         (["--cache", "N2", "N3"], "--cache takes several plans only with --compare"),
@@ -259,7 +259,7 @@ def test_labels_come_from_the_seed_alone():
         (["labels=alphabetic"], "labels: 'alphabetic' is unknown; valid: balanced, random"),
         (["--cache", "N2", "N4"], "sample_ddp.py runs one plan"),
         (["num_fvd_samples=0"], "num_fvd_samples: 0 is less than 1"),
-        (["--deepcache", "2", "num_skips=0"], "Skip-Cache needs long skip branches"),
+        (["--deepcache", "2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
         (["--ckpt", "nowhere.pt"], "ckpt: nothing at"),
         (["ckpt=null"], "ckpt is not set"),
     ],

@@ -35,14 +35,6 @@ def twin(tiny, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def one(tiny, tmp_path_factory) -> Path:
-    """A checkpoint of the tiny model with one skip."""
-    path = tmp_path_factory.mktemp("one") / "one.safetensors"
-    save_random_weights(get_models(load_config(SampleConfig, tiny, ["num_skips=1"])), path)
-    return path
-
-
 def make_plans(pipe: Pipeline) -> tuple[Plan, Plan]:
     """Uncached, and cached at N = 4."""
     return make_plan(pipe.cfg, UNCACHED), make_plan(pipe.cfg, N4)
@@ -92,7 +84,7 @@ def test_similarity_is_the_cosine_over_the_width_of_each_token():
 
 @torch.no_grad()
 def test_identical_steps_have_similarity_1_and_rows_without_label_do_not_count(pipe):
-    plan = replace(make_plan(pipe.cfg, N4), full=(True, False, False))
+    plan = replace(make_plan(pipe.cfg, N4), weights=((), (1.0,), (1.0,)))
     watch = Watch(pipe.model, 2, plan, kept=[1])
     x, t, y = step(4)
     watch(x, t, y)
@@ -292,12 +284,11 @@ def test_lists_hold_none_for_nan():
         (["--model", "a=x.pt", "--model", "a=y.pt"], "expected NAME=CKPT, each name once"),
         (["--model", "a=/nowhere/x.pt"], "no checkpoint /nowhere/x.pt"),
         (["--model", "a={twin}", "depth=12"], "the file has depth=8, the model depth=12"),
-        (["--model", "a={twin}", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2, half of the layers"),
+        (["--model", "a={twin}", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["ckpt=null"], "ckpt is not set"),
         (["num_sampling_steps=5"], "num_sampling_steps: 5 is too few to look 5 steps back"),
         (["cache.start=0"], "runs all 6 steps in full"),
         (["cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
-        (["--model", "a={one}", "cache.depth=2"], "cache.depth: 2 is outside 1 ... 1, the model's number of skip"),
         (["num_clips=0"], "num_clips: 0 is less than 1"),
         (["points=0"], "points: 0 is less than 1"),
         (["radius=0"], "radius: 0.0 is not above 0"),
@@ -305,7 +296,7 @@ def test_lists_hold_none_for_nan():
         (["radius=inf"], "radius: inf is not a finite number"),
     ],
 )
-def test_every_mistake_is_one_line(monkeypatch, tiny, twin, one, tmp_path, options, message):
+def test_every_mistake_is_one_line(monkeypatch, tiny, twin, tmp_path, options, message):
     with pytest.raises(UserError) as error:
-        analyse(monkeypatch, tiny, tmp_path, *(option.format(twin=twin, one=one) for option in options))
+        analyse(monkeypatch, tiny, tmp_path, *(option.format(twin=twin) for option in options))
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -173,7 +173,7 @@ def test_a_larger_grid_does_only_what_it_adds(tiny, swept, monkeypatch):
         (["reference=ddim"], "reference: ddim is no METHOD-STEPS, as ddim-250"),
         (["reference=plms-9"], "'plms' is unknown"),
         (["plan=[N2]"], "did you mean plans?"),
-        (["num_skips=0"], "this model has none"),
+        (["plans=[N2-b3]"], "cache.depth: 3 is outside 1 ... 2"),
         (["real_stride=-1"], "real_stride: -1 is less than 1"),
         (["num_clips=2"], "num_clips: 2 is less than 4"),
     ],

@@ -59,7 +59,6 @@ from tqdm import tqdm
 from configs.files import check_writable, write_json
 from configs.tables import markdown_table
 from diffusion import make_diffusion
-from models import meta_model
 from models.checkpoint import count_skips
 from models.hardware import default_device
 from models.latte import Latte
@@ -97,19 +96,13 @@ def configure(
     files = named_checkpoints(wanted or [f"{cfg.model}={require_path(cfg, 'ckpt')}"])
     if cfg.num_sampling_steps <= AGES:
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
-    cache, half = resolve(cfg, device).cache, meta_model(cfg).num_layers // 2
-    if cache.depth > half:
-        raise UserError(f"cache.depth: {cache.depth} is outside 1 ... {half}, half of the layers")
-    # The plan of a model with every skip: a Latte cannot run it, but its features are compared all the same.
-    plan = make_plan(replace(cfg, num_skips=half), cache if cache.interval > 1 else replace(cache, interval=INTERVAL))
+    cache = resolve(cfg, device).cache
+    plan = make_plan(cfg, cache if cache.interval > 1 else replace(cache, interval=INTERVAL))
     if not plan.cached_steps:
         raise UserError(f"cache: {plan.name} runs all {cfg.num_sampling_steps} steps in full: nothing is reused")
     models = {}
     for name, ckpt in files.items():
-        own = replace(cfg, ckpt=ckpt, num_skips=count_skips(ckpt), cache=UNCACHED)
-        if own.num_skips:
-            make_plan(own, plan.cache)  # raises if the model has too few skips for it
-        models[name] = resolve(own, device)
+        models[name] = resolve(replace(cfg, ckpt=ckpt, num_skips=count_skips(ckpt), cache=UNCACHED), device)
     return plan, models
 
 

@@ -68,13 +68,12 @@ def make_ways(cfg: SamplingBenchmark, device: torch.device) -> dict[str, Way]:
     for name, dtype in [("fp32", torch.float32)] + [("bf16", torch.bfloat16)] * has_bf16_units(device):
         model = latte if dtype == torch.float32 else get_models(cfg).to(device, dtype).eval()
         mode = fastest_attention(device, dtype)
-        deep = full_step(model, depth, x, t, y)[1] if latte.num_skips else None
+        kept = full_step(model, depth, x, t, y)[1]
         for form, (full, cached) in forms.items():
             run = partial(run_with_attention, mode, full, model, depth, x, t, y)
             ways[name + form] = Way(run, dtype, macs.full)
-            if latte.num_skips:
-                run = partial(run_with_attention, mode, cached, model, depth, x, t, y, deep)
-                ways[f"{name}, cached{form}"] = Way(run, dtype, macs.cached)
+            run = partial(run_with_attention, mode, cached, model, depth, x, t, y, kept)
+            ways[f"{name}, cached{form}"] = Way(run, dtype, macs.cached)
     return ways
 
 

@@ -108,6 +108,8 @@ def find_sets(cfg: JudgeConfig) -> tuple[list[str], dict[str, ClipFiles]]:
     folders = sample_folders(cfg)
     if cfg.samples_path and not folders:
         raise UserError(f"samples_path: no folder {cfg.samples_path}")
+    if cfg.image_size % 8:  # of the VAE's stride, and four rows of tiles
+        raise UserError(f"image_size: {cfg.image_size} is not a multiple of 8")
     roots = {name: require_path(cfg, key) for name, key in ROOTS.items()}
     names = class_folders(roots["real train"])
     if class_folders(roots["real test"]) != names:

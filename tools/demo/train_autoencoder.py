@@ -178,6 +178,9 @@ def latent_statistics(codec: LatentCodec, frames: Tensor) -> dict[str, float]:
 
 def train(cfg: AutoencoderConfig) -> None:
     """One run, from random weights to the saved VAE."""
+    out = Path(cfg.output_dir)
+    if (out / "vae").exists():
+        raise UserError(f"output_dir: {out} holds a finished VAE: choose another folder, or remove it")
     train_frames, _ = load_frames(Path(cfg.data_path, "train"), cfg.image_size)
     test_frames, test_classes = load_frames(Path(cfg.data_path, "test"), cfg.image_size)
     test_frames = to_floats(center_crop(test_frames, [cfg.image_size]))
@@ -192,7 +195,6 @@ def train(cfg: AutoencoderConfig) -> None:
     weights = {"pixel": 1.0, "edge": cfg.edge_weight, "perceptual": cfg.perceptual_weight, "kl": cfg.kl_weight}
     latent_size = cfg.image_size // codec.downsample
 
-    out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, rank=0)
     (out / "log.jsonl").unlink(missing_ok=True)  # of an interrupted run

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from configs import CacheOptions, SampleConfig
-from models import meta_model
 from models.hardware import timed
 from sample.folder import labels_of
 from sample.pipeline import Pipeline, sample_latents
@@ -48,8 +47,6 @@ def plain_candidates(cfg: SampleConfig, budget: float) -> list[Candidate]:
 
 def cached_candidates(cfg: SampleConfig, budget: float) -> list[Candidate]:
     """The paper's plan with the smallest interval that costs at most `budget`, with each order of the forecast."""
-    if not meta_model(cfg).num_skips:
-        return []
     for interval in range(2, LARGEST_INTERVAL + 1):
         plans = [make_plan(cfg, CacheOptions(interval=interval, order=order)) for order in ORDERS]
         if plans[0].share <= budget and plans[0].cached_steps:
