@@ -12,6 +12,8 @@ import torch.distributed as dist
 from configs import UserError, cli
 from models.hardware import local_device
 
+PATIENCE = timedelta(days=1)  # for other processes: one may finish long after the rest
+
 T = TypeVar("T")
 
 
@@ -55,18 +57,16 @@ class Environment:
 
 
 @contextmanager
-def distributed(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Environment]:
+def distributed() -> Iterator[Environment]:
     """Joins the process group of torchrun, if there is one: nccl on CUDA, gloo on a CPU.
 
     If the block raises, the process ends without waiting for the others; torchrun then ends them.
 
-    Args:
-        timeout: how long a process waits for the others before it raises.
     """
     world_size, device = cli.world_size(), local_device()
     if world_size > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=bound)
     env = Environment(cli.rank(), world_size, device)
     yield env
     env.barrier()

@@ -42,7 +42,7 @@ def add_cache_flag(parser: Parser) -> None:
 
 
 def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[SampleConfig, list[Plan]]":
-    """Returns the resolved options, and the plans of --cache, or else the plan of the options."""
+    """Returns the resolved options, and the plans: of --cache and of a recipe, or else of the options."""
     from sample.pipeline import resolve
     from sample.plans import make_plan, parse_plan
 
@@ -52,7 +52,9 @@ def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[Sam
             raise UserError("--cache and --deepcache both give a plan: leave one out")
         flags.append(f"cache.interval={args.deepcache}")
     cfg = resolve(load_config(SampleConfig, args.config, flags + args.overrides), device)
-    plans = [make_plan(cfg, cache) for cache in map(parse_plan, args.cache)] or [make_plan(cfg)]
+    plans = [make_plan(cfg, cache) for cache in map(parse_plan, args.cache)]
+    if cfg.recipe or not plans:
+        plans.append(make_plan(cfg))
     return replace(cfg, cache=plans[0].cache), plans
 
 

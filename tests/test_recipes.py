@@ -20,7 +20,7 @@ from sample import sample, sample_ddp
 from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
 from sample.plans import make_plan
 from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
-from tools import calibrate
+from tools import calibrate, report
 from tools.metrics.statistics import geometric_mean, ratio_interval
 from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
 from tools.recipes.search import angles_of, fit_solver, interpolate_growth, measure_growth
@@ -254,10 +254,11 @@ def test_programs_sample_by_a_recipe(tiny, pipe, tmp_path, monkeypatch, capsys):
     path = tmp_path / "mine.json"
     save_recipe(path, make_recipe(with_options(pipe, num_sampling_steps=4).cfg))
     common = ["--config", tiny, "--recipe", path]
-    run(monkeypatch, sample, *common, "--compare", f"save_video_path={tmp_path}/one")
+    run(monkeypatch, sample, *common, "--compare", "--cache", "N2", f"save_video_path={tmp_path}/one")
     record_ = json.loads((tmp_path / "one/sample.json").read_text())
-    assert [each["plan"]["name"] for each in record_["runs"]] == ["uncached", "mine"]
-    assert record_["runs"][1]["plan"]["steps"] == "FFFF" and (tmp_path / "one/mine/grid.mp4").exists()
+    assert [each["plan"]["name"] for each in record_["runs"]] == ["uncached", "N2", "mine"]
+    assert record_["runs"][2]["plan"]["steps"] == "FFFF" and (tmp_path / "one/mine/grid.mp4").exists()
+    assert "--compare --cache N2 --classes" in report.samples(tmp_path / "one", 3)
 
     run(monkeypatch, sample_ddp, *common, f"save_video_path={tmp_path}/many", "num_fvd_samples=1")
     save_recipe(path, make_recipe(with_options(pipe, num_sampling_steps=5).cfg))

@@ -1,11 +1,11 @@
 """Find the cheapest sampler of a checkpoint: recipes at given shares of the reference sampler's cost.
 
-    python tools/calibrate.py budgets=[0.42,0.47,0.65]                             # the demo's model
+    python tools/calibrate.py budgets=[0.43,0.475,0.65]                            # the demo's model
     python tools/calibrate.py --config configs/ucf101/ucf101_sample_skip.yaml --dry-run      # work, memory and disk
-    python sample/sample.py --recipe results/calibrate/recipe-42.json              # sample by what was found
+    python sample/sample.py --recipe results/calibrate/recipe-43.json              # sample by what was found
 
 The reference is the uncached sampler of the options, with all its steps; a recipe should lead each seed to the same
-clip for less. Four kinds of candidates compete at each budget, a share of the reference's MACs:
+clip for less. Three kinds of candidates compete at each budget, a share of the reference's MACs:
   plain    DDIM, DPM-Solver++ and UniPC with as many uncached steps as the budget pays for
   cached   Skip-Cache as in the paper (every N-th step in full), by reuse and by forecasts of order 1 and 2
   fitted   a linear multistep solver: its steps are chosen among the reference's by dynamic programming over the errors
@@ -33,7 +33,7 @@ from sample.options import DEMO, file_checks
 class CalibrateConfig(SampleConfig):
     """The calibration."""
 
-    budgets: list[float] = option(lambda: [0.42, 0.47, 0.65], "shares of the reference's MACs", above=0, most=1)
+    budgets: list[float] = option(lambda: [0.43, 0.475, 0.65], "shares of the reference's MACs", above=0, most=1)
     num_calibration: int = option(14, "seeds that steps and coefficients are chosen on", least=2)
     calibration_seed: int = option(20000, "the first of them")
     num_clips: int = option(28, "held-out seeds that the report is on", least=2)

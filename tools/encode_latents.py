@@ -12,7 +12,6 @@ Letters: N frames of a video, n <= PIECE of them, S image_size, V variants (as i
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def main() -> None:
         raise UserError("latents_path is not set: give the folder to write as latents_path=PATH")
     check_writable(cfg, "latents_path", folder=True)
     if not args.dry_run:
-        with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
+        with distributed() as env:
             encode(cfg, env)
     elif cli.rank() == 0:
         checks = [

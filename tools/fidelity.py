@@ -23,7 +23,6 @@ plans, steps, guidance or seeds add to the same folder, and so does tools/sweep.
 
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,7 +54,7 @@ from tools.metrics.pairs import PAIR_METRICS
 
 def main() -> None:
     args = parser.parse_args()
-    with distributed(timeout=timedelta(days=1)) as env:  # the last process may finish long after the first
+    with distributed() as env:
         cfg = resolve(load_config(FidelityConfig, args.config, args.overrides), env.device)
         twin = Cell(cfg.sample_method, cfg.num_sampling_steps, cfg.cfg_scale)
         cells = [twin.with_cache(cache) for cache in list(map(parse_plan, args.cache)) or [cfg.cache]]

@@ -69,7 +69,9 @@ def samples(folder: Path, max_clips: int) -> str:
         notes = [f"{score[0]:.1f}\u00a0dB \u2002{score[1]:.3f}" if score else "" for score in scores]
         rows.append((clip["name"], clip["seed"], [data_uri(folder / plan / file) for plan in plans], notes))
     command = ["python", "sample/sample.py", "--config", "run.yaml"]
-    command += ["--compare", "--cache", *plans[1:]] if len(plans) > 1 else []
+    cached = [run["plan"]["name"] for run in runs if run["plan"]["cache"]["interval"] > 1]  # a recipe is in run.yaml
+    command += ["--compare"] if len(plans) > 1 else []
+    command += ["--cache", *cached] if cached else []
     labels = [str(clip["label"]) for clip in clips[:: cfg["samples_per_class"]]]
     command += [] if cfg["num_classes"] is None else ["--classes", *labels]
     script = f"cat > run.yaml <<'END'\n{OmegaConf.to_yaml(OmegaConf.create(cfg))}END\n{shlex.join(command)}"
