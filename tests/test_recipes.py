@@ -20,7 +20,7 @@ from sample import sample, sample_ddp
 from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
 from sample.plans import make_plan
 from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
-from tools import calibrate, report
+from tools import calibrate, fidelity, report
 from tools.metrics.statistics import geometric_mean, ratio_interval
 from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
 from tools.recipes.search import angles_of, fit_solver, interpolate_growth, measure_growth
@@ -334,3 +334,18 @@ def test_ratios_are_paired_and_their_interval_is_students():
     assert found["ratio"] == pytest.approx(math.exp(logs.mean()))
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.exp(logs.mean() + np.array([-margin, margin]))))
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4) and geometric_mean([0.0, 8.0]) == 0
+
+
+def test_fidelity_measures_a_recipe_beside_plans(tiny, pipe, tmp_path, monkeypatch):
+    """A recipe of the options themselves is its own twin; one of fewer steps is that of the control."""
+    for steps in (6, 4):
+        save_recipe(tmp_path / f"r{steps}.json", make_recipe(with_options(pipe, num_sampling_steps=steps).cfg))
+    plans = ["N2", tmp_path / "r6.json", tmp_path / "r4.json"]
+    run(monkeypatch, fidelity, "--config", tiny, "--cache", *plans, "num_clips=4", f"output={tmp_path}/out")
+    rows_ = {row["run"]: row for row in json.loads((tmp_path / "out/fidelity.json").read_text())["rows"]}
+    assert rows_["r6"]["twin"]["relative_l1"]["mean"] == 0 and rows_["r6"]["share"] == 1
+    assert 0 < rows_["r4"]["twin"]["relative_l1"]["mean"] and rows_["r4"]["full_steps"] == 4
+    assert rows_["r4"]["twin"]["psnr"]["each"] == rows_["control of r4"]["twin"]["psnr"]["each"]
+    save_recipe(tmp_path / "r4.json", make_recipe(pipe.cfg, made_for=fingerprint(pipe.cfg) | {"prediction": "v"}))
+    with pytest.raises(UserError, match="was made for prediction=v, not eps"):
+        run(monkeypatch, fidelity, "--config", tiny, "--cache", *plans, "num_clips=4", f"output={tmp_path}/out")

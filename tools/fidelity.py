@@ -3,6 +3,7 @@
     python tools/fidelity.py --cache N2 N3 N4 N5 N6 num_clips=70 seed=10000       # the demo
     python tools/fidelity.py --cache N2 N4 sample_method=ddpm num_sampling_steps=250 controls=False
     python tools/fidelity.py --config configs/ucf101/ucf101_sample_skip.yaml --cache N2 num_clips=202
+    python tools/fidelity.py --cache N4 pretrained/demo/recipe-43.json            # a recipe of tools/calibrate.py
     torchrun --standalone --nproc_per_node=8 tools/fidelity.py --config ... --cache N2 N3     # shares out the seeds
 
 A clip's twin has its seed and label and is sampled uncached. Clips are compared with their twins one by one
@@ -47,7 +48,6 @@ from configs.files import write_text
 from configs.tables import markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
-from sample.plans import parse_plan
 from tools.metrics.cells import Cell, Task, by_class_table, columns, notes, planner, run_cells, write_record
 from tools.metrics.pairs import PAIR_METRICS
 
@@ -57,14 +57,15 @@ def main() -> None:
     with distributed() as env:
         cfg = resolve(load_config(FidelityConfig, args.config, args.overrides), env.device)
         twin = Cell(cfg.sample_method, cfg.num_sampling_steps, cfg.cfg_scale)
-        cells = [twin.with_cache(cache) for cache in list(map(parse_plan, args.cache)) or [cfg.cache]]
+        cells = [twin.with_plan(text) for text in args.cache] or [twin.with_cache(cfg.cache)]
         if twin in cells:
             raise UserError("uncached clips are their own twins: give plans with cached steps, as in --cache N2 N4")
         plan_of = planner(cfg, env.device)
         runs = {twin.plan: twin}  # the name of a row -> its cell
         for cell in cells:
             runs[cell.plan] = cell
-            control = Cell(twin.method, round(twin.steps * plan_of(cell).share), twin.guidance)
+            share = plan_of(cell).macs / plan_of(twin).macs
+            control = Cell(twin.method, round(twin.steps * share), twin.guidance)
             if cfg.controls and control not in runs.values():  # plans that cost the same share one
                 runs[f"control of {cell.plan}"] = control
         tasks = [Task(cell, twin) for cell in dict.fromkeys(runs.values())]

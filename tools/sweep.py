@@ -34,7 +34,7 @@ from tools.metrics.options import MeasureConfig
 class SweepConfig(MeasureConfig):
     """The grid."""
 
-    plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, beside uncached")
+    plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, or recipes (*.json), beside uncached")
     methods: list[str] | None = option(None, "solvers; empty: sample_method")
     steps: list[int] | None = option(None, "sampling steps; empty: num_sampling_steps", least=1)
     guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale")
@@ -50,7 +50,6 @@ from configs.files import write_text
 from configs.tables import markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
-from sample.plans import UNCACHED, parse_plan
 from tools.common.plots import new_figure, save_figure
 from tools.metrics.cells import Cell, Task, columns, notes, planner, run_cells, write_record
 
@@ -67,12 +66,12 @@ Series = tuple[str, int, float]  # solver, steps, guidance
 def make_grid(cfg: SweepConfig) -> list[Task]:
     """The tasks of the grid: each cell once, after the cells that it is compared with."""
     axes = cfg.methods or [cfg.sample_method], cfg.steps or [cfg.num_sampling_steps], cfg.guidance or [cfg.cfg_scale]
-    caches = [UNCACHED, *map(parse_plan, cfg.plans)]
     references = {guidance: reference_cell(cfg, guidance) for guidance in axes[2]}
     tasks = [Task(cell, cell) for cell in references.values() if cell]
     for method, steps, guidance in product(*axes):
         twin = Cell(method, steps, guidance)
-        tasks += [Task(twin.with_cache(cache), twin, references[guidance]) for cache in caches]
+        cells = [twin, *map(twin.with_plan, cfg.plans)]
+        tasks += [Task(cell, twin, references[guidance]) for cell in cells]
     return list({task.cell: task for task in tasks}.values())
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from configs import CacheOptions, SampleConfig, cli
 from configs.errors import UserError
-from configs.files import atomic_path, check_record, check_writable, write_json, write_text
+from configs.files import atomic_path, check_record, check_writable, file_hash, write_json, write_text
 from configs.tables import markdown_table
 from datasets import class_names
 from datasets.clips import summary
@@ -32,7 +32,8 @@ from sample.distributed import Environment
 from sample.folder import clip_settings, labels_of, make_record
 from sample.options import file_checks
 from sample.pipeline import load, resolve, sample_latents, with_options
-from sample.plans import UNCACHED, Plan, describe_plan, describe_run, make_plan, plan_name
+from sample.plans import UNCACHED, Plan, describe_plan, describe_run, make_plan, parse_plan, plan_name
+from sample.recipes import check_recipe, load_recipe
 from tools.metrics.clips import VideoFiles
 from tools.metrics.detectors import find_detector, load_output
 from tools.metrics.efficientnet import load_proxy
@@ -54,19 +55,27 @@ class Cell:
     steps: int
     guidance: float
     cache: CacheOptions = UNCACHED
+    recipe: str | None = None  # a file, in place of method, steps and cache, which are then those of the twin
 
     @property
     def plan(self) -> str:
-        return plan_name(self.cache)
+        return Path(self.recipe).stem if self.recipe else plan_name(self.cache)
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.steps}-g{self.guidance:g}-{self.plan}"
+        version = f"-{file_hash(self.recipe)[:8]}" if self.recipe else ""
+        return f"{self.method}-{self.steps}-g{self.guidance:g}-{self.plan}{version}"
 
     def options(self) -> dict[str, Any]:
         """The SamplerOptions that sample this way."""
         steps = {"sample_method": self.method, "num_sampling_steps": self.steps}
-        return steps | {"cfg_scale": self.guidance, "cache": self.cache}
+        return steps | {"cfg_scale": self.guidance, "cache": self.cache, "recipe": self.recipe}
+
+    def with_plan(self, text: str) -> "Cell":
+        """The same sampler by a plan as --cache takes it, or by a recipe: a path that ends in .json."""
+        if text.endswith(".json"):
+            return replace(self, recipe=str(Path(text).expanduser().resolve()))
+        return self.with_cache(parse_plan(text))
 
     def with_cache(self, cache: CacheOptions) -> "Cell":
         """The same sampler with another cache. There is one uncached cell: without a cache its options mean nothing."""
@@ -74,7 +83,8 @@ class Cell:
 
     def draws_noise(self, eta: float) -> bool:
         """Whether the sampler draws noise at every step, not only the first."""
-        return self.method == "ddpm" or (self.method == "ddim" and eta > 0)
+        method = load_recipe(self.recipe).solver if self.recipe else self.method
+        return method == "ddpm" or (method == "ddim" and eta > 0)
 
 
 class Task(NamedTuple):
@@ -91,7 +101,7 @@ class Task(NamedTuple):
         """
 
         def pair(other: Cell) -> bool:
-            same_steps = other.with_cache(self.cell.cache) == self.cell
+            same_steps = other.with_cache(self.cell.cache) == self.cell  # of no recipe, which has steps of its own
             return same_steps or not (self.cell.draws_noise(eta) or other.draws_noise(eta))
 
         others = {"twin": self.twin, "reference": self.reference}
@@ -154,7 +164,10 @@ def planner(cfg: MeasureConfig, device: torch.device) -> Callable[[Cell], Plan]:
 
     @cache
     def plan_of(cell: Cell) -> Plan:
-        plan = make_plan(resolve(with_cell(cfg, cell), device))
+        options = resolve(with_cell(cfg, cell), device)
+        if cell.recipe:
+            check_recipe(options)
+        plan = make_plan(options)
         if cell.cache != UNCACHED and not plan.cached_steps:
             raise UserError(f"plan {cell.plan} runs all {cell.steps} steps of {cell.method} in full: choose another")
         return plan
