@@ -164,8 +164,8 @@ def comparison(report: list[dict[str, Any]]) -> str:
             "speed-up": f"{run.get('speedup', 1):.2f}x",
             "MACs a clip": readable(run["plan"]["macs"]),
         }
-        if "psnr" in run:
-            cells |= {"PSNR": f"{run['psnr']:.1f} dB", "SSIM": f"{run['ssim']:.3f}"}
+        cells["PSNR"] = f"{run['psnr']:.1f} dB" if "psnr" in run else ""
+        cells["SSIM"] = f"{run['ssim']:.3f}" if "ssim" in run else ""
         rows.append(cells | {"decoding": f"{run['seconds']['decoding']:.1f} s"})
     return markdown_table(rows)
 

@@ -382,8 +382,9 @@ def test_a_dry_run_through_a_script_is_one_process_with_one_line_for_what_is_mis
 
 def test_demo_script(monkeypatch, capsys):
     """What `make demo` runs: uncached, N=2 and N=4 of the checkpoint that ships."""
-    script = (ROOT / "sample/scripts/demo/demo.sh").read_text().splitlines()[-1]
-    assert '--config "$root/configs/demo/demo_sample.yaml" --compare --cache N2 N4 N4-o2 "$@"' in script
+    script = (ROOT / "sample/scripts/demo/demo.sh").read_text()
+    assert '--config "$root/configs/demo/demo_sample.yaml" --compare --cache N2 N4 N4-o2 ' in script
+    assert '--recipe "$root/pretrained/demo/recipe-43.json" "$@"' in script
     run(monkeypatch, sample, "--compare", "--cache", "N2", "N4", "--dry-run")
     text = capsys.readouterr().out
     for line in ("uncached, ddim 50", "N2, ddim 50", "N4, ddim 50", "7 clips"):

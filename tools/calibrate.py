@@ -197,7 +197,8 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
         f"the same seed. Steps, coefficients and the sampler in bold were chosen on seeds {first[0]} to {first[-1]}.",
         "Ratio: geometric mean of the clips' own ratios of errors, with its 95 % interval (Student's t on logarithms). "
         "The best plain solver is the best on these same seeds.",
-        f"Seconds: sampling alone, on {describe_machine(calibration.pipe.device)}; the samplers took turns.",
+        f"Seconds: sampling alone, medians over batches; the samplers took turns. On "
+        f"{describe_machine(calibration.pipe.device)}.",
     ]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 

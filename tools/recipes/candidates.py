@@ -4,6 +4,7 @@ Letters: B batch, F frames, C channels of the latents, h = H / 8, n clips.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,9 +135,9 @@ class Results:
         return [found[seed] for seed in seeds]
 
     def seconds(self, candidate: Candidate, seeds: Sequence[int]) -> float:
-        """Seconds of sampling, summed over the batches of `seeds`."""
-        own = [line for line in self.lines if line["candidate"] == candidate.name]
-        return sum(line["seconds"] for line in own if set(line["seeds"]) <= set(seeds))
+        """Seconds of sampling a clip, the median over the batches of `seeds`."""
+        own = [line for line in self.lines if line["candidate"] == candidate.name and set(line["seeds"]) <= set(seeds)]
+        return statistics.median(line["seconds"] / len(line["seeds"]) for line in own)
 
 
 def best(results: Results, candidates: Sequence[Candidate], seeds: Sequence[int]) -> Candidate:
@@ -162,7 +163,7 @@ def rows(
             "kind": candidate.kind,
             "chosen": candidate is chosen,
             "share": candidate.plan.macs / reference_macs,
-            "seconds": results.seconds(candidate, seeds) / len(seeds),
+            "seconds": results.seconds(candidate, seeds),
             "l2": sum(errors) / len(errors),
             "l2_geometric": geometric_mean(errors),
             "l1": sum(results.values(candidate, "l1", seeds)) / len(errors),
