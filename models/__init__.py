@@ -1,14 +1,11 @@
 """Models by name: `get_models(args)`."""
 
 import re
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from configs import ModelOptions, UserError
-from models.latte import Latte
+from configs import UserError
+from models.latte import Latte, check_dimensions
 
 SIZES = {  # depth, hidden_size, num_heads
     "XL": (28, 1152, 16),
@@ -50,19 +47,13 @@ def parse_name(name: str) -> Variant:
     return Variant(depth, hidden_size, num_heads, int(patch or 2), num_skips, int(interval or 2) if cache else 1)
 
 
-def meta_model(options: ModelOptions) -> Latte:
-    """Returns the model of `options` on the meta device, without weights; the same object for equal options."""
-    return _meta_model(tuple((each.name, getattr(options, each.name)) for each in fields(ModelOptions)))
-
-
-@cache
-def _meta_model(options: tuple[tuple[str, Any], ...]) -> Latte:
-    with torch.device("meta"):
-        return get_models(ModelOptions(**dict(options)))
-
-
 def get_models(args: Any) -> Latte:
-    """Returns the model that `args` describes, with initial weights.
+    """Returns the model that `args` describes (see `model_dimensions`), with initial weights."""
+    return Latte(**model_dimensions(args))
+
+
+def model_dimensions(args: Any) -> dict[str, Any]:
+    """Returns the arguments of Latte for the model that `args` describes, without making it.
 
     Args:
         args: a SampleConfig, a TrainConfig, or any object with the original YAML's keys as attributes. Its dimensions
@@ -89,7 +80,7 @@ def get_models(args: Any) -> Latte:
     token_size = LATENT_DOWNSAMPLE * patch_size
     if args.image_size % token_size:
         raise UserError(f"image_size: {args.image_size} is not a multiple of {token_size}, a token's height in pixels")
-    return Latte(
+    dimensions = dict(
         input_size=args.image_size // LATENT_DOWNSAMPLE,
         patch_size=patch_size,
         in_channels=option("in_channels", 4),
@@ -103,3 +94,5 @@ def get_models(args: Any) -> Latte:
         learn_sigma=option("learn_sigma", True),
         num_skips=num_skips,
     )
+    check_dimensions(**dimensions)
+    return dimensions

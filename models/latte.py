@@ -6,6 +6,7 @@ Letters: B batch, F frames, T tokens of a frame, D width, L layers, C channels o
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -61,14 +62,7 @@ class Latte(nn.Module, StrictHubMixin):
         num_skips: int = 0,
     ):
         super().__init__()
-        if depth % 4:
-            raise UserError(f"depth: {depth} is not a multiple of 4 (a layer is two blocks, a skip joins two layers)")
-        if not 0 <= num_skips <= depth // 4:
-            raise UserError(f"num_skips: {num_skips} is outside 0 ... {depth // 4}, a quarter of depth = {depth}")
-        if input_size % patch_size:
-            raise UserError(f"patch_size: {patch_size} does not divide the latents' size {input_size}")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise UserError(f"hidden_size: {hidden_size} is not a multiple of num_heads = {num_heads} and of 4")
+        check_dimensions(input_size, patch_size, hidden_size, depth, num_heads, num_skips)
         self.num_frames, self.num_classes, self.num_skips = num_frames, num_classes, num_skips
         self.in_channels, self.out_channels = in_channels, in_channels * 2 if learn_sigma else in_channels
         self.input_size, self.patch_size, self.num_layers = input_size, patch_size, depth // 2
@@ -183,6 +177,20 @@ class Latte(nn.Module, StrictHubMixin):
             nn.init.zeros_(module.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
+
+
+def check_dimensions(
+    input_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, num_skips: int, **others: Any
+) -> None:
+    """Raises UserError for arguments of Latte that do not fit together."""
+    if depth % 4:
+        raise UserError(f"depth: {depth} is not a multiple of 4 (a layer is two blocks, a skip joins two layers)")
+    if not 0 <= num_skips <= depth // 4:
+        raise UserError(f"num_skips: {num_skips} is outside 0 ... {depth // 4}, a quarter of depth = {depth}")
+    if input_size % patch_size:
+        raise UserError(f"patch_size: {patch_size} does not divide the latents' size {input_size}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise UserError(f"hidden_size: {hidden_size} is not a multiple of num_heads = {num_heads} and of 4")
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NUM_FREQUENCIES = 256  # sines and cosines of a timestep
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Returns x (1 + scale) + shift, computed in one pass over x."""
@@ -65,16 +67,15 @@ class Mlp(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Embeds timesteps with sinusoids and a two-layer MLP."""
 
-    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.num_frequencies = num_frequencies
         self.mlp = nn.Sequential(
-            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            nn.Linear(NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,), integer or fractional -> (B, D)."""
-        half = self.num_frequencies // 2
+        half = NUM_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, half)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # fp32: bf16 cannot tell t = 998 from 1000

@@ -1,19 +1,17 @@
-"""Multiply-adds (MACs) of a model's steps, counted on the meta device without computing them.
+"""Size and cost of a model, from its dimensions: parameters, and multiply-adds (MACs) of a step.
 
-The count is half of torch's flop count: all matrix products and convolutions, including those in attention.
+MACs are those of all matrix products and convolutions, including those in attention: half of torch's flop count, to
+which the tests hold these formulas. They take no time, where counting on the meta device takes a second.
 The paper omits the products in attention, and counts the conditioning once for every frame and token.
+Letters: B blocks, D width, H inner width of an MLP, F frames, T tokens of a frame, P values of a token.
 """
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from typing import Any, NamedTuple
 
 from configs import ModelOptions
-from models import meta_model
-from models.latte import Latte
-from models.skip_cache import cached_step, full_step
+from models import model_dimensions
+from models.layers import NUM_FREQUENCIES
 
 
 @dataclass(frozen=True)
@@ -24,25 +22,62 @@ class StepMacs:
     cached: int
 
 
+class _Sizes(NamedTuple):
+    """Dimensions of a model, named as in the formulas."""
+
+    B: int
+    D: int
+    H: int
+    F: int
+    T: int
+    P: int
+    outputs: int  # values of a token of the output
+    num_skips: int
+
+
+def _sizes(dimensions: dict[str, Any]) -> _Sizes:
+    d = dimensions
+    P = d["in_channels"] * d["patch_size"] ** 2
+    return _Sizes(
+        B=d["depth"],
+        D=d["hidden_size"],
+        H=int(d["hidden_size"] * d["mlp_ratio"]),
+        F=d["num_frames"],
+        T=(d["input_size"] // d["patch_size"]) ** 2,
+        P=P,
+        outputs=2 * P if d["learn_sigma"] else P,
+        num_skips=d["num_skips"],
+    )
+
+
 def step_macs(options: ModelOptions, depth: int = 1) -> StepMacs:
     """Returns the MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`."""
-    return _count(meta_model(options), depth)
+    B, D, H, F, T, P, outputs, num_skips = _sizes(model_dimensions(options))
+    tokens = F * T
+    block = 6 * D * D + tokens * (4 * D * D + 2 * D * H)  # modulation; qkv, projection and MLP
+    layer = 2 * block + 2 * tokens * (T + F) * D  # of spatial and of temporal attention: q k' and a v
+    merge = tokens * 2 * D * D  # of a skip branch
+    ends = tokens * P * D + NUM_FREQUENCIES * D + D * D + 2 * D * D + tokens * D * outputs
+    return StepMacs(
+        full=ends + B // 2 * layer + num_skips * merge,
+        cached=ends + 2 * depth * layer + min(depth, num_skips) * merge,
+    )
 
 
-@cache
-@torch.no_grad()
-def _count(model: Latte, depth: int) -> StepMacs:
-    with torch.device("meta"):
-        x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
-        t = torch.empty(1, dtype=torch.long)
-        y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
-    model.set_attention("math")  # the counter cannot see into the fused kernel
+def count_parameters(options: ModelOptions) -> int:
+    """Returns the number of parameters of the model of `options`, with the position embeddings."""
+    dimensions = model_dimensions(options)
+    B, D, H, F, T, P, outputs, num_skips = _sizes(dimensions)
 
-    with FlopCounterMode(display=False) as full:
-        _, deep = full_step(model, depth, x, t, y)
-    with FlopCounterMode(display=False) as cached:
-        cached_step(model, depth, x, t, y, deep)
-    return StepMacs(full.get_total_flops() // 2, cached.get_total_flops() // 2)
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    block = linear(D, 3 * D) + linear(D, D) + linear(D, H) + linear(H, D) + linear(D, 6 * D)
+    merge = 2 * 2 * D + linear(2 * D, D)  # norm, linear
+    embedders = linear(P, D) + linear(NUM_FREQUENCIES, D) + linear(D, D) + T * D + F * D
+    if dimensions["num_classes"] is not None:
+        embedders += (dimensions["num_classes"] + (dimensions["class_dropout_prob"] > 0)) * D
+    return embedders + B * block + num_skips * merge + linear(D, outputs) + linear(D, 2 * D)
 
 
 def readable(macs: int) -> str:

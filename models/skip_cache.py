@@ -110,7 +110,7 @@ class SkipCache:
         steps: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]] = (full_step, cached_step),
         weights: Sequence[Sequence[float]] | None = None,
     ):
-        check_cache_depth(model, depth)
+        check_cache_depth(model.num_layers, depth)
         assert plan[0], "the first step has nothing to reuse"
         self.model, self.depth = model, depth
         self.full_step, self.cached_step = steps
@@ -132,10 +132,10 @@ class SkipCache:
         return self.cached_step(self.model, self.depth, x, t, y, deep)
 
 
-def check_cache_depth(model: Latte, depth: int) -> None:
-    """Raises UserError unless the model has `depth` layers at each end."""
-    if not 1 <= depth <= model.num_layers // 2:
-        raise UserError(f"cache.depth: {depth} is outside 1 ... {model.num_layers // 2}, half of the model's layers")
+def check_cache_depth(num_layers: int, depth: int) -> None:
+    """Raises UserError unless a model of `num_layers` layers has `depth` of them at each end."""
+    if not 1 <= depth <= num_layers // 2:
+        raise UserError(f"cache.depth: {depth} is outside 1 ... {num_layers // 2}, half of the model's layers")
 
 
 def compile_steps() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:

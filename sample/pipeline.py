@@ -20,7 +20,7 @@ from configs.errors import UserError
 from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import linear_multistep
-from models import get_models, meta_model
+from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint
 from models.hardware import DTYPES, choose_precision, fastest_attention
@@ -37,15 +37,15 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
         UserError: options contradict each other. The weights are not read for this.
     """
     check_options(cfg)
-    model = meta_model(cfg)
-    if cfg.cfg_scale != 1 and (model.num_classes is None or not cfg.class_dropout_prob):
-        lacks = "classes" if model.num_classes is None else "null label (class_dropout_prob is 0)"
+    num_classes = model_dimensions(cfg)["num_classes"]
+    if cfg.cfg_scale != 1 and (num_classes is None or not cfg.class_dropout_prob):
+        lacks = "classes" if num_classes is None else "null label (class_dropout_prob is 0)"
         raise UserError(f"cfg_scale: {cfg.cfg_scale} asks for guidance, but this model has no {lacks}; use cfg_scale=1")
     precision = choose_precision(cfg.precision, cfg.use_fp16, device)
     automatic = fastest_attention(device, DTYPES[precision])
     cfg = replace(
         cfg,
-        num_classes=model.num_classes,
+        num_classes=num_classes,
         precision=precision,
         attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
     )

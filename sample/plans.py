@@ -13,8 +13,8 @@ import torch
 from configs import CacheOptions, SampleConfig
 from configs.errors import UserError
 from diffusion import make_diffusion
-from models import meta_model, parse_name
-from models.macs import readable, step_macs
+from models import model_dimensions, parse_name
+from models.macs import count_parameters, readable, step_macs
 from models.skip_cache import check_cache_depth, forecast_weights, interval_plan
 from sample.options import PLAN_FORM
 from sample.recipes import FITTED, Recipe, load_recipe
@@ -101,7 +101,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     if cache.interval is None:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
     if cache.interval > 1:
-        check_cache_depth(meta_model(cfg), cache.depth)
+        check_cache_depth(model_dimensions(cfg)["depth"] // 2, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
     return Plan(
@@ -119,7 +119,7 @@ def recipe_plan(recipe: Recipe, cfg: SampleConfig) -> Plan:
     """Returns the plan of a recipe for the model and guidance of `cfg`."""
     full = sum(not step.feature for step in recipe.steps)
     if full < len(recipe.steps):
-        check_cache_depth(meta_model(cfg), recipe.depth)
+        check_cache_depth(model_dimensions(cfg)["depth"] // 2, recipe.depth)
     return Plan(
         name=recipe.name,
         cache=replace(UNCACHED, depth=recipe.depth),
@@ -154,7 +154,7 @@ def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
 
 def describe_run(cfg: SampleConfig, plans: Sequence[Plan], device: torch.device) -> list[str]:
     """Returns lines that describe a run: the model, then each plan."""
-    size = sum(p.numel() for p in meta_model(cfg).parameters())
+    size = count_parameters(cfg)
     return [
         f"model: {cfg.model}, {size:,} parameters, {cfg.precision} on {device.type}, attention {cfg.attention_mode}",
         *(describe_plan(cfg, plan) for plan in plans),

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs import CacheOptions, SampleConfig, UserError, load_config
 from diffusion import make_diffusion
 from models import get_models, hardware
 from models.latte import Latte
-from models.macs import step_macs
-from models.skip_cache import SkipCache, interval_plan
+from models.macs import count_parameters, step_macs
+from models.skip_cache import SkipCache, cached_step, full_step, interval_plan
 from sample import pipeline
 from sample.pipeline import Pipeline, generate, load, resolve, sample_latents, with_options
 from sample.plans import Plan, make_plan
@@ -157,6 +158,41 @@ def test_step_macs():
     with torch.device("meta"):
         model = get_models(SampleConfig(model="Latte-skip", num_classes=101))
     assert sum(p.numel() for p in model.parameters()) == 692_732_192
+
+
+def count(model: Latte, depth: int) -> tuple[int, int]:
+    """MACs of a full and of a cached step by torch's flop counter, on the meta device with plain-maths attention."""
+    model.set_attention("math")  # the counter cannot see into the fused kernel
+    with torch.device("meta"), torch.no_grad():
+        x = torch.empty(1, model.num_frames, model.in_channels, model.input_size, model.input_size)
+        t = torch.empty(1, dtype=torch.long)
+        y = None if model.num_classes is None else torch.empty(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as full:
+            _, kept = full_step(model, depth, x, t, y)
+        with FlopCounterMode(display=False) as cached:
+            cached_step(model, depth, x, t, y, kept)
+    return full.get_total_flops() // 2, cached.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(model="Latte-skip", num_classes=101),
+        dict(model="Latte-XL/2"),
+        dict(model="Latte-B/4-skip", num_frames=8, learn_sigma=False, class_dropout_prob=0.0, num_classes=3),
+        dict(model="Latte-S/8", image_size=64, mlp_ratio=2.5, in_channels=16),
+        dict(model="LatteIMG-skip-partial", hidden_size=64, num_heads=4, image_size=32),
+    ],
+    ids=lambda changes: changes["model"],
+)
+def test_size_and_cost_are_those_that_torch_counts(changes):
+    cfg = SampleConfig(**changes)
+    with torch.device("meta"):
+        model = get_models(cfg)
+    assert count_parameters(cfg) == sum(p.numel() for p in model.parameters())
+    for depth in (1, 2, 3):
+        macs = step_macs(cfg, depth)
+        assert (macs.full, macs.cached) == count(model, depth)
 
 
 def test_step_macs_by_hand():

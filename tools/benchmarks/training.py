@@ -12,9 +12,10 @@ from torch import Tensor
 
 from configs import to_yaml
 from diffusion import Diffusion, make_diffusion
-from models import meta_model
+from models import model_dimensions
 from models.hardware import default_device, describe_machine, fastest_attention, has_bf16_units
 from models.latte import Latte
+from models.macs import count_parameters
 from tools.benchmarks.options import TrainingBenchmark
 from tools.benchmarks.turns import run_as_original, time_steps
 from tools.common.training import check_training_options, create_model
@@ -27,12 +28,10 @@ def describe(cfg: TrainingBenchmark) -> str:
         UserError: options that no training can have.
     """
     check_training_options(cfg)
-    model = meta_model(cfg)
-    latents = (cfg.num_frames, cfg.in_channels, model.input_size, model.input_size)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    return (
-        f"a training step of {cfg.model}, {num_parameters:,} parameters, on {cfg.local_batch_size} x {latents} latents"
-    )
+    size = model_dimensions(cfg)["input_size"]
+    latents = (cfg.num_frames, cfg.in_channels, size, size)
+    work = f"on {cfg.local_batch_size} x {latents} latents"
+    return f"a training step of {cfg.model}, {count_parameters(cfg):,} parameters, {work}"
 
 
 def benchmark(cfg: TrainingBenchmark) -> dict[str, Any]:

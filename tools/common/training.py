@@ -22,7 +22,7 @@ from configs import SampleConfig, TrainConfig, UserError, cli, require_path
 from configs.files import check_writable
 from datasets import collate, get_dataset
 from diffusion import Diffusion, make_diffusion
-from models import get_models, meta_model
+from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, vae_file
 from models.checkpoint import load_checkpoint
 from models.hardware import DTYPES, fastest_attention
@@ -53,7 +53,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps afte
 
 def check_training_options(cfg: TrainConfig) -> None:
     """Raises UserError for options that contradict the model or each other."""
-    if cfg.train_only == "skip" and not meta_model(cfg).num_skips:
+    if cfg.train_only == "skip" and not model_dimensions(cfg)["num_skips"]:
         raise UserError(
             f"train_only: {cfg.model} has no skip branches to train; choose a model with `skip` in its name"
         )
@@ -63,7 +63,8 @@ def check_training_options(cfg: TrainConfig) -> None:
 
 def describe_training(cfg: TrainConfig, run: Path | None) -> list[str]:
     """What would run, a line each: model, data, steps, and the run that continues (None: a new one)."""
-    parameters = dict(meta_model(cfg).named_parameters())
+    with torch.device("meta"):
+        parameters = dict(get_models(cfg).named_parameters())
     size = sum(p.numel() for p in parameters.values())
     trained = sum(p.numel() for name, p in parameters.items() if is_trained(cfg, name, p))
     try:
@@ -293,5 +294,5 @@ def preview_plans(cfg: TrainConfig, device: torch.device) -> tuple[SampleConfig,
     shared = {each.name: getattr(cfg, each.name) for each in fields(SampleConfig) if hasattr(cfg, each.name)}
     options = resolve(SampleConfig(**shared), device)
     cached = replace(options.cache, interval=max(2, options.cache.interval))
-    caches = [UNCACHED, cached] if meta_model(cfg).num_skips else [UNCACHED]
+    caches = [UNCACHED, cached] if model_dimensions(cfg)["num_skips"] else [UNCACHED]
     return options, [make_plan(options, cache) for cache in caches]
