@@ -158,7 +158,11 @@ def sample_loop_progressive(
     x = randn_per_sample(shape, generators, device) if noise is None else noise.to(device, torch.float32)
     step = sampler(diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
     diffusion.tables(x.device)  # copied now, not in the loop
-    for i in tqdm(range(diffusion.num_timesteps)[::-1], desc="sampling", disable=not progress):
+    for i in tqdm(
+        range(diffusion.num_timesteps)[::-1],
+        desc=method if isinstance(method, str) else "sampling",
+        disable=not progress,
+    ):
         t = torch.full((len(x),), i, device=x.device)  # (B,)
         p = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
         x = step(x, t, p)
