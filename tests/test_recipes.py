@@ -300,8 +300,9 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
     (out / "results.jsonl").write_text(results[:-40])
     run(monkeypatch, calibrate, *command)
     assert len((out / "results.jsonl").read_text().splitlines()) == len(lines)
-    with pytest.raises(UserError, match=r"output: .*made with cfg_scale=2\.0, not 3\.0"):
-        run(monkeypatch, calibrate, *command, "cfg_scale=3")
+    for change, difference in (("cfg_scale=3", r"cfg_scale=2\.0, not 3\.0"), ("num_calibration=4", "=3, not 4")):
+        with pytest.raises(UserError, match=f"output: .*made with .*{difference}"):
+            run(monkeypatch, calibrate, *command, change)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,7 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
         ("eta=0.5", "ddim with eta=0.5 draws noise"),
         ("budgets=[0.1]", "budgets: 0.1 of 6 steps is less than two steps"),
         ("budgets=[1.5]", "budgets: 1.5 is more than 1"),
+        ("budgets=[0.5,1]", "budgets: 1 pays for the reference itself; give shares below 1"),
         ("held_out_seed=20001", "these seeds are also held out"),
         ("num_clips=1", "num_clips: 1 is less than 2"),
     ],
@@ -318,6 +320,12 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
 def test_calibrations_that_make_no_sense_are_one_line(tiny, tmp_path, monkeypatch, option, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", option)
+
+
+def test_calibration_is_one_process(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process, but torchrun started 2"):
+        run(monkeypatch, calibrate, "--config", tiny)
 
 
 def test_a_dry_run_says_what_the_calibration_takes(tiny, monkeypatch, capsys):

@@ -231,6 +231,9 @@ def check(cfg: CalibrateConfig) -> None:
         raise UserError(f"sample_method: {drawn} draws noise at every step; valid: {', '.join(SOLVERS)}, with eta=0")
     if fewest := [budget for budget in cfg.budgets if budget * cfg.num_sampling_steps < 2]:
         raise UserError(f"budgets: {fewest[0]:g} of {cfg.num_sampling_steps} steps is less than two steps")
+    N = cfg.num_sampling_steps
+    if too_much := [budget for budget in cfg.budgets if int(budget * N + 1e-9) >= N]:
+        raise UserError(f"budgets: {too_much[0]:g} pays for the reference itself; give shares below 1")
     ours = range(cfg.calibration_seed, cfg.calibration_seed + cfg.num_calibration)
     if set(ours) & set(range(cfg.held_out_seed, cfg.held_out_seed + cfg.num_clips)):
         raise UserError("calibration_seed: these seeds are also held out; leave num_calibration seeds between the two")
@@ -256,6 +259,8 @@ def describe(cfg: CalibrateConfig) -> list[str]:
 
 def main() -> None:
     args = parser.parse_args()
+    if cli.world_size() > 1:
+        raise UserError(f"calibrate.py is one process, but torchrun started {cli.world_size()}: start it with python")
     cfg = load_config(CalibrateConfig, args.config, args.overrides)
     device = default_device()
     cfg = resolve(replace(cfg, recipe=None), device)
@@ -266,6 +271,7 @@ def main() -> None:
     settings = clip_settings(make_record(cfg, device))
     own = {each.name for each in fields(cfg)} - {each.name for each in fields(SampleConfig)} | {"cache", "fps", "seed"}
     settings = {key: value for key, value in settings.items() if key not in own}
+    settings |= {key: getattr(cfg, key) for key in ("num_calibration", "calibration_seed")}  # which fits depend on
     check_record(Path(cfg.output) / "settings.json", settings, "output")
     write_json(Path(cfg.output) / "settings.json", settings)
     print("\n".join(lines), flush=True)
