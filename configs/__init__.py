@@ -19,6 +19,7 @@ from configs.errors import UserError, choice, suggest
 from configs.original import translate
 
 ROOT = Path(__file__).resolve().parent.parent  # relative paths in a YAML file start here
+PLAN_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"  # CacheOptions on the command line
 COMMAND_LINE = "command line"  # named in errors about options that no file holds
 SOURCE_HINTS = {  # how to get a missing file
     "ckpt": "published weights: python pretrained/download_ckpts.py",

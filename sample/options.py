@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from configs import ROOT, SampleConfig, load_config, require_path
+from configs import PLAN_FORM, ROOT, SampleConfig, load_config, require_path
 from configs.cli import Parser
 from configs.errors import UserError
 
@@ -23,7 +23,6 @@ FLAGS = (
     "seed",
     "recipe",
 )  # --key VALUE means key=VALUE
-PLAN_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"
 
 
 def make_parser(doc: str) -> Parser:

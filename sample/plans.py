@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from configs import CacheOptions, SampleConfig
+from configs import PLAN_FORM, CacheOptions, SampleConfig
 from configs.errors import UserError
 from diffusion import make_diffusion
 from models import model_dimensions, parse_name
 from models.macs import count_parameters, readable, step_macs
 from models.skip_cache import check_cache_depth, forecast_weights, interval_plan
-from sample.options import PLAN_FORM
 from sample.recipes import FITTED, Recipe, load_recipe
 
 UNCACHED = CacheOptions(interval=1)
