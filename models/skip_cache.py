@@ -126,8 +126,8 @@ class SkipCache:
             self.deep.appendleft(deep)
             return out
         deep = self.deep[0]
-        if len(weights) > 1:  # weights [1] mean reuse: the feature as it is, without a copy
-            forecast = sum(weight * each.float() for weight, each in zip(weights, self.deep, strict=True))
+        if tuple(weights) != (1,):  # (1,) means reuse: the feature as it is, without a copy
+            forecast = sum(weight * each.float() for weight, each in zip(weights, self.deep, strict=False))
             deep = forecast.to(deep.dtype)
         return self.cached_step(self.model, self.depth, x, t, y, deep)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import SampleConfig, require_path
-from configs.errors import UserError
+from configs.errors import UserError, choice
 from configs.files import differences, file_hash, write_json
+from diffusion.sampling import SAMPLERS
 
 FORMAT = 1  # of the file; raise it when older code cannot execute newer files
 FITTED = "fitted"  # the solver whose steps are the recipe's own moves
@@ -47,9 +48,15 @@ class Recipe:
         timesteps = [step.t for step in self.steps]
         if not self.steps or timesteps != sorted(set(timesteps), reverse=True) or timesteps[-1] < 0:
             raise UserError(f"recipe {self.name}: its timesteps must fall from step to step, down to 0 or more")
-        if self.steps[0].feature:
-            raise UserError(f"recipe {self.name}: its first step is cached, but nothing is there to reuse")
+        choice(f"recipe {self.name}: solver", self.solver, (FITTED, *SAMPLERS))
+        full = 0
         for step in self.steps:
+            if len(step.feature) > full:
+                raise UserError(
+                    f"recipe {self.name}: step t={step.t} reuses the deep features of {len(step.feature)} full steps, "
+                    f"but {full} are before it"
+                )
+            full += not step.feature
             if len(step.move) != (NUM_COEFFICIENTS if self.solver == FITTED else 0):
                 raise UserError(f"recipe {self.name}: step t={step.t} has {len(step.move)} coefficients")
             if not all(map(math.isfinite, (*step.move, *step.feature))):
@@ -94,7 +101,9 @@ def load_recipe(path: str | Path) -> Recipe:
 def check_recipe(cfg: SampleConfig) -> None:
     """Raises UserError unless the recipe of resolved options was made for their checkpoint and settings."""
     recipe = load_recipe(cfg.recipe)
-    forgiven = FORGIVEN if cfg.recipe_anyway else set()
-    if differ := differences(recipe.made_for, fingerprint(cfg), ignore=forgiven):
-        hint = "; recipe_anyway=True runs it all the same" if set(recipe.made_for) - forgiven else ""
+    found = fingerprint(cfg)
+    grave = differences(recipe.made_for, found, ignore=FORGIVEN)
+    differ = grave if cfg.recipe_anyway else differences(recipe.made_for, found)
+    if differ:
+        hint = "" if grave else "; recipe_anyway=True runs it all the same"
         raise UserError(f"recipe: {cfg.recipe} was made for {differ}{hint}")

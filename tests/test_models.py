@@ -315,6 +315,18 @@ def test_forecast_is_exact_where_the_feature_is_a_polynomial_of_the_step(order):
     assert forecast_weights([True, False, False], order) == [[], [1.0], [1.0]]
 
 
+def test_weights_of_any_number_and_size_are_applied_to_the_newest_features():
+    """Also a single weight other than 1, and two weights where three features are kept."""
+    features = iter(torch.tensor([1.0, 10.0, 100.0]))
+    used = []
+    steps = (lambda *_: (None, next(features)), lambda *call: used.append(call[-1].item()))
+    weights = [[], [2.0], [], [3.0, -1.0], [], [1.0, 1.0, 1.0], [2.0, 1.0], [1.0]]
+    denoiser = SkipCache(tiny(), [not each for each in weights], steps=steps, weights=weights)
+    for _ in weights:
+        denoiser(None, None)
+    assert used == [2, 29, 111, 210, 100]
+
+
 def test_order_that_no_forecast_has_is_refused():
     with pytest.raises(UserError, match=r"cache.order: 4 is outside 0 \.\.\. 3"):
         SkipCache(tiny(), [True], order=4)

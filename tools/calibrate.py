@@ -1,7 +1,7 @@
 """Find the cheapest sampler of a checkpoint: recipes at given shares of the reference sampler's cost.
 
     python tools/calibrate.py budgets=[0.43,0.475,0.65]                            # the demo's model
-    python tools/calibrate.py --config configs/ucf101/ucf101_sample_skip.yaml --dry-run      # work, memory and disk
+    python tools/calibrate.py --config configs/ucf101/ucf101_sample_skip.yaml --dry-run      # work and disk
     python sample/sample.py --recipe results/calibrate/recipe-43.json              # sample by what was found
 
 The reference is the uncached sampler of the options, with all its steps; a recipe should lead each seed to the same
@@ -151,14 +151,15 @@ class Calibration:
     def measure_all(self, candidates: list[Candidate], seeds: range, what: str) -> None:
         """Measures what is missing. The candidates of a batch take turns, so that their seconds compare."""
         batches = self.batches(seeds)
-        todo = {tuple(batch): [c for c in candidates if batch in self.results.missing(c, [batch])] for batch in batches}
+        todo = {tuple(batch): [c for c in candidates if not self.results.has(c, batch)] for batch in batches}
         with self.progress(what, sum(len(c.plan.timesteps) for each in todo.values() for c in each)) as bar:
             for batch, own in todo.items():
                 if not own:
                     continue
                 latents = load_trajectories(self.trajectories, batch).states[:, -1]
+                videos = self.pipe.codec.decode(latents.to(self.pipe.device)).cpu()
                 for candidate in own:
-                    self.results.add(measure(self.pipe, candidate, list(batch), latents))
+                    self.results.add(measure(self.pipe, candidate, batch, latents, videos))
                     bar.update(len(candidate.plan.timesteps))
 
 
@@ -254,6 +255,7 @@ def describe(cfg: CalibrateConfig) -> list[str]:
         f"calibration: {cfg.num_calibration} clips, {cfg.num_clips} held out, budgets {cfg.budgets}, to {cfg.output}",
         f"work: at most {steps:,.0f} steps of a clip, as {steps / N:,.0f} clips of the reference, "
         f"{readable(int(steps / N * plan.macs))}",
+        f"disk: {cfg.num_calibration * bytes_per_clip(cfg) / 1e6:,.1f} MB of recorded runs",
     ]
 
 
@@ -276,7 +278,6 @@ def main() -> None:
     write_json(Path(cfg.output) / "settings.json", settings)
     print("\n".join(lines), flush=True)
     pipe = load(cfg, device)
-    print(f"disk: {cfg.num_calibration * bytes_per_clip(pipe) / 1e6:,.0f} MB of recorded runs", flush=True)
     calibrate(cfg, pipe)
 
 

@@ -89,19 +89,26 @@ def to_recipe(name: str, candidate: Candidate, cfg: SampleConfig, made_for: dict
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(pipe: Pipeline, candidate: Candidate, seeds: Sequence[int], reference: Tensor) -> dict[str, Any]:
-    """Samples a batch and compares it with the reference run's latents (B, F, C, h, w), clip by clip."""
+def measure(
+    pipe: Pipeline, candidate: Candidate, seeds: Sequence[int], reference: Tensor, reference_videos: Tensor
+) -> dict[str, Any]:
+    """Samples a batch and compares it with the reference run, clip by clip.
+
+    Args:
+        reference: the reference run's latents, (B, F, C, h, w).
+        reference_videos: what they decode to, (B, F, 3, H, W).
+    """
     labels = labels_of(seeds, pipe.cfg)
     latents, seconds = timed(pipe.device, sample_latents, pipe, seeds, labels, candidate.plan)
     a, b = latents.cpu(), reference
-    videos, twins = pipe.codec.decode(latents).cpu(), pipe.codec.decode(reference.to(pipe.device)).cpu()
+    videos = pipe.codec.decode(latents).cpu()
     return {
         "candidate": candidate.name,
         "seeds": list(seeds),
         "seconds": seconds,
         "l2": relative_l2(a, b).tolist(),
         "l1": ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist(),
-        "psnr": [psnr(x, y) for x, y in zip(videos, twins, strict=True)],
+        "psnr": [psnr(x, y) for x, y in zip(videos, reference_videos, strict=True)],
     }
 
 
@@ -116,10 +123,9 @@ class Results:
             path.write_text(whole)
         self.lines = [json.loads(line) for line in whole.splitlines()]
 
-    def missing(self, candidate: Candidate, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """The batches of seeds that the candidate was not measured on."""
-        done = {tuple(line["seeds"]) for line in self.lines if line["candidate"] == candidate.name}
-        return [batch for batch in batches if tuple(batch) not in done]
+    def has(self, candidate: Candidate, batch: Sequence[int]) -> bool:
+        """Whether the candidate was measured on a batch of seeds."""
+        return any(line["candidate"] == candidate.name and line["seeds"] == list(batch) for line in self.lines)
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6  # for columns of unit norm
-NUM_COEFFICIENTS = 5  # of a move: a, b0, b1, b2, e
 
 
 def prior_move(angles: Sequence[float], previous: int | None, current: int, following: int) -> list[float]:

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs import SampleConfig
 from configs.files import atomic_path
 from diffusion.guidance import Guided
 from diffusion.sampling import randn_per_sample
+from models import model_dimensions
 from sample.folder import labels_of
 from sample.pipeline import Pipeline
 
@@ -31,10 +33,10 @@ def trajectory_path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.safetensors"
 
 
-def bytes_per_clip(pipe: Pipeline) -> int:
-    """Size of a recorded run."""
-    model, N = pipe.model, pipe.diffusion.num_timesteps
-    return (2 * N + 1) * model.num_frames * model.in_channels * model.input_size**2 * BYTES_PER_VALUE
+def bytes_per_clip(cfg: SampleConfig) -> int:
+    """Size of a recorded run of resolved options, with every step."""
+    model, N = model_dimensions(cfg), cfg.num_sampling_steps
+    return (2 * N + 1) * model["num_frames"] * model["in_channels"] * model["input_size"] ** 2 * BYTES_PER_VALUE
 
 
 @torch.no_grad()
