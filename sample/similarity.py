@@ -3,17 +3,32 @@
 from torch import Tensor
 
 PSNR_LIMIT = 100.0  # dB; that of equal clips, so that means are finite
+SSIM_BORDER = 5  # half of SSIM's window of 11 pixels: nearer to the edge, the window would need padding
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio of two clips (F, 3, H, W) in [-1, 1] in dB, at most PSNR_LIMIT."""
+    """Returns the peak signal-to-noise ratio of two clips (F, 3, H, W) in [-1, 1] in dB, at most PSNR_LIMIT.
+
+    It is that of the clip's total squared error. A mean of the frames' own ratios (`frame_psnr`) is never lower.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import
 
     return min(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0).item(), PSNR_LIMIT)
 
 
+def frame_psnr(a: Tensor, b: Tensor) -> float:
+    """Returns the mean over frames of `psnr`, as papers on caches have it."""
+    return sum(psnr(x[None], y[None]) for x, y in zip(a, b, strict=True)) / len(a)
+
+
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Returns the structural similarity of two clips (F, 3, H, W) in [-1, 1], the mean over their frames."""
+    """Returns the structural similarity of two clips (F, 3, H, W) in [-1, 1], the mean over their frames.
+
+    It is that of Wang et al. 2004: Gaussian windows of 11 pixels, sigma 1.5, only where they lie inside the frame.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0).item()
+    x, y = (a.double() + 1) / 2, (b.double() + 1) / 2
+    _, full = structural_similarity_index_measure(x, y, data_range=1.0, return_full_image=True)  # (F, 3, H, W)
+    inside = slice(SSIM_BORDER, -SSIM_BORDER)  # torchmetrics pads the border by reflection, and counts it
+    return full[..., inside, inside].mean().item()

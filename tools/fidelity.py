@@ -7,8 +7,10 @@
     torchrun --standalone --nproc_per_node=8 tools/fidelity.py --config ... --cache N2 N3     # shares out the seeds
 
 A clip's twin has its seed and label and is sampled uncached. Clips are compared with their twins one by one
-(tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and flicker, the
-error of frame differences. Each plan has a control: the uncached sampler with as many steps as cost the plan's MACs.
+(tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and the error of
+motion, which is that of frame differences. fidelity=teacache adds PSNR, SSIM and LPIPS of mp4 files as means over
+frames, which is how papers on caches report them. Each plan has a control: the uncached sampler with as many steps as
+cost the plan's MACs.
 
 Some solvers draw no noise after the first step (ddim with eta=0, dpmsolver++, unipc). They lead a seed to nearly the
 same clip in fewer steps, so controls pair with the twins. Other solvers draw noise at every step (ddpm), and draw other

@@ -30,13 +30,13 @@ from models.hardware import describe_machine, timed
 from models.macs import readable
 from sample.distributed import Environment
 from sample.folder import clip_settings, labels_of, make_record
+from sample.media import to_uint8
 from sample.options import file_checks
 from sample.pipeline import load, resolve, sample_latents, with_options
 from sample.plans import UNCACHED, Plan, describe_plan, describe_run, make_plan, parse_plan, plan_name
 from sample.recipes import check_recipe, load_recipe
 from tools.metrics.clips import VideoFiles
 from tools.metrics.detectors import find_detector, load_output
-from tools.metrics.efficientnet import load_proxy
 from tools.metrics.features import Features, extract
 from tools.metrics.options import ClipOptions, MeasureConfig
 from tools.metrics.pairs import PAIR_METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
@@ -45,6 +45,7 @@ from tools.metrics.statistics import plus_minus
 
 BOOTSTRAP = 200  # draws behind the interval of a distance to real clips
 WARM_UP_STEPS = 4
+VERSION = 2  # of measurements; raise it when the code measures other values of the same clips
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def shared_settings(cfg: MeasureConfig, env: Environment) -> dict[str, Any]:
     free = own | {"sample_method", "num_sampling_steps", "cfg_scale", "cache", "seed", "fps"}
     shared = clip_settings(make_record(cfg, env.device))
     shared = {key: value for key, value in shared.items() if key not in free}
-    return {**shared, "lpips": lpips_weights()[0].is_file()}
+    return {**shared, "lpips": lpips_weights()[0].is_file(), "fidelity": cfg.fidelity, "measured_by": VERSION}
 
 
 def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], list[Task]]], env: Environment) -> None:
@@ -225,7 +226,7 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
     """
     if not work:
         return
-    pipe, proxy, lpips = load(cfg, env.device), load_proxy(env.device), load_lpips(env.device)
+    pipe, proxy, lpips = load(cfg, env.device), proxy_network(env.device), load_lpips(env.device)
     twins = twins_of(tasks, cfg)
     # All that the seconds depend on, beside the cell. Seconds compare only where this is the same.
     machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
@@ -248,10 +249,12 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
                     if other not in decoded:
                         theirs = load_latents(cfg, other, seeds).to(env.device)
                         decoded[other] = theirs, pipe.codec.decode(theirs)
-                    pairs[other.name] = compare(latents, videos, *decoded[other], lpips)
+                    pairs[other.name] = compare(latents, videos, *decoded[other], lpips, cfg.fidelity)
                 line = {"cell": task.cell.name, "seeds": seeds, "seconds": seconds, "machine": machine, "pairs": pairs}
+                pixels = torch.from_numpy(to_uint8(videos)).movedim(-1, -3)  # (B, F, 3, H, W)
+                line["features"] = proxy(pixels)[:, 0].tolist()
                 with (Path(cfg.output, "clips") / f"{env.rank}.jsonl").open("a") as file:
-                    file.write(json.dumps({**line, "features": proxy(videos).tolist()}, allow_nan=False) + "\n")
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def twins_of(tasks: Iterable[Task], cfg: MeasureConfig) -> set[Cell]:
@@ -296,14 +299,18 @@ def real_clips(cfg: MeasureConfig) -> VideoFiles:
     return VideoFiles(ClipOptions(**shared), "real_path", sys.maxsize, cfg.real_stride)
 
 
+def proxy_network(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from clips (B, F, 3, H, W) uint8 to proxy features (B, 1, D)."""
+    return load_output("proxy", find_detector("proxy", None, Path()), device)
+
+
 def real_features(source: VideoFiles, env: Environment) -> Features:
     """Proxy features (M, 1, D) of real clips, the same on every process; the processes share the work.
 
     Raises:
         UserError: fewer than two of the videos can be used, or too many are broken.
     """
-    network = load_output("proxy", find_detector("proxy", None, Path()), env.device)
-    features, report = extract(source, {"proxy": network}, source.cfg, env)
+    features, report = extract(source, {"proxy": proxy_network(env.device)}, source.cfg, env)
     return Features(features, source.describe() | report)
 
 

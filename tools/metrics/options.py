@@ -64,6 +64,10 @@ class MeasureConfig(SampleConfig):
     num_clips: int = option(64, "seeds seed, seed + 1, ...", least=4)
     real_path: str | None = option(None, "video files; empty: no distance to real clips", path=True)
     real_stride: int = option(1, "frames from one to the next of a real clip, as in training", least=1)
+    fidelity: str = option(
+        "ours", "metrics against twins; teacache: also PSNR by frame, SSIM and LPIPS of mp4 files (arXiv:2411.19108)",
+        choices=("ours", "teacache"),
+    )  # fmt: skip
     output: str = option("results/fidelity", "the folder to write", path=True)
 
     def check_clips(self) -> None:

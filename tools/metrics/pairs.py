@@ -5,12 +5,15 @@ Letters: B batch, F frames, C channels of the latents, h = H / 8, N clips of a s
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sample.similarity import psnr, ssim
+from datasets.readers import read_video
+from sample.media import save_video
+from sample.similarity import frame_psnr, psnr, ssim
 from tools.metrics.scores import frechet_distance
 from tools.metrics.statistics import mean_and_margin
 
@@ -19,23 +22,36 @@ PAIR_METRICS = {  # -> title in tables, digits
     "psnr": ("PSNR, dB", 1),
     "ssim": ("SSIM", 4),
     "lpips": ("LPIPS", 4),
-    "flicker": ("flicker", 4),
+    "motion_error": ("motion error", 4),
+    "mp4_psnr": ("PSNR of mp4 frames, dB", 1),
+    "mp4_ssim": ("SSIM of mp4", 4),
+    "mp4_lpips": ("LPIPS of mp4", 4),
 }
 
 Lpips = Callable[[Tensor, Tensor], float]  # two clips (F, 3, H, W) in [-1, 1]
 
 
 def compare(
-    latents: Tensor, videos: Tensor, twin_latents: Tensor, twin_videos: Tensor, lpips: Lpips | None = None
+    latents: Tensor,
+    videos: Tensor,
+    twin_latents: Tensor,
+    twin_videos: Tensor,
+    lpips: Lpips | None = None,
+    fidelity: str = "ours",
 ) -> dict[str, list[float]]:
     """The metrics of each clip a against its twin b: latents (B, F, C, h, w), videos (B, F, 3, H, W) in [-1, 1].
+
+    Args:
+        fidelity: a protocol; teacache adds the metrics of papers on caches: mp4_psnr, mp4_ssim, mp4_lpips.
 
     Returns:
         A value for each clip, by metric.
         relative_l1: |a - b|_1 / |b|_1 of the latents.
-        psnr, ssim, lpips: of the videos; SSIM and LPIPS are means over frames.
-        flicker: mean |Da - Db| / mean |Db| of the videos, where D is the difference of neighbouring frames; 0 if a and
-            b move alike, 1 if a is still.
+        psnr, ssim, lpips: of the videos; PSNR is that of a clip's total squared error, SSIM and LPIPS are means over
+            frames.
+        motion_error: mean |Da - Db| / mean |Db| of the videos, where D is the difference of neighbouring frames; 0 if
+            a and b move alike, 1 if a is still.
+        mp4_psnr, mp4_ssim, mp4_lpips: of both videos as mp4 files; means over frames, that of PSNR, too.
     """
     change, twin_change = videos.diff(dim=1), twin_videos.diff(dim=1)  # (B, F - 1, 3, H, W)
     pairs = list(zip(videos, twin_videos, strict=True))
@@ -43,9 +59,24 @@ def compare(
         "relative_l1": _relative_error(latents, twin_latents),
         "psnr": [psnr(a, b) for a, b in pairs],
         "ssim": [ssim(a, b) for a, b in pairs],
-        "flicker": _relative_error(change, twin_change),
+        "motion_error": _relative_error(change, twin_change),
     }
-    return metrics | ({"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {})
+    metrics |= {"lpips": [lpips(a, b) for a, b in pairs]} if lpips else {}
+    if fidelity == "teacache":
+        pairs = [(through_mp4(a), through_mp4(b)) for a, b in pairs]
+        metrics["mp4_psnr"] = [frame_psnr(a, b) for a, b in pairs]
+        metrics["mp4_ssim"] = [ssim(a, b) for a, b in pairs]
+        metrics |= {"mp4_lpips": [lpips(a, b) for a, b in pairs]} if lpips else {}
+    return metrics
+
+
+def through_mp4(video: Tensor) -> Tensor:
+    """The video (F, 3, H, W) in [-1, 1] as it is read from the mp4 file that sample.py would write."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        save_video(path, video, fps=8)
+        frames = read_video(path, range)[..., : video.shape[-2], : video.shape[-1]]  # without rows that pad odd sizes
+    return (frames / 127.5 - 1).to(video.device)
 
 
 def lpips_weights() -> tuple[Path, str]:
