@@ -159,7 +159,8 @@ def train(cfg: TrainConfig) -> None:
     torch.manual_seed(cfg.global_seed)  # the same first weights on every rank
 
     # Data, VAE, model
-    dataset = get_dataset(cfg)
+    notes: list[str] = []  # for the log, which opens below
+    dataset = get_dataset(cfg, say=notes.append)
     codec = load_codec(cfg, device) if training.needs_vae(cfg) else None
     if codec and cfg.latents_path:
         check_latents(cfg, codec.fingerprint())
@@ -201,6 +202,8 @@ def train(cfg: TrainConfig) -> None:
         f"{log.run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
         f"{step_clips} a step, steps {state.step + 1} to {cfg.max_train_steps}"
     )
+    for note in notes:
+        log.print(note)
     if state.step >= cfg.max_train_steps:
         log.print("this run is finished: raise max_train_steps to go on, or start anew with resume_from_checkpoint=no")
     stop, guard = training.StopSignal(), training.StepGuard(cfg.max_bad_steps, state.scaler, log)

@@ -6,6 +6,7 @@ command line override the YAML file. YAML files of the original Latte and Skip-D
 """
 
 import math
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -328,15 +329,27 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def require_path(config: Any, key: str) -> Path:
-    """Returns the path in option `key`; raises UserError, naming the key, if it is empty or does not exist."""
+def require_path(config: Any, key: str, folder: bool | None = None) -> Path:
+    """Returns the path in option `key`; raises UserError, naming the key, if it is empty or does not exist.
+
+    Args:
+        folder: whether it must be a folder (True) or a file (False); None: either.
+    """
     value = getattr(config, key)
     if not value:
         raise UserError(f"{key} is not set: give its path in the YAML file or as {key}=PATH")
     if _is_placeholder(value):
         raise UserError(f"{key} still holds the placeholder {value}: replace it in the YAML file, or pass {key}=PATH")
-    if not Path(value).exists():
-        raise UserError(f"{key}: nothing at {value}" + (f"; {SOURCE_HINTS[key]}" if key in SOURCE_HINTS else ""))
+    try:
+        is_folder = stat.S_ISDIR(Path(value).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"; {SOURCE_HINTS[key]}" if key in SOURCE_HINTS else ""
+        raise UserError(f"{key}: nothing at {value}{hint}") from None
+    except (OSError, ValueError) as error:  # closed to this user, a name too long, a disk that fails
+        raise UserError(f"{key}: {value} cannot be read ({getattr(error, 'strerror', error)})") from None
+    if folder is not None and folder != is_folder:
+        there, wanted = ("a folder", "a file") if is_folder else ("a file", "a folder")
+        raise UserError(f"{key}: {value} is {there}, where {wanted} is needed")
     return Path(value)
 
 

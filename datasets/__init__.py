@@ -4,7 +4,8 @@ This package has the name of Hugging Face's `datasets`, so it is never installed
 """
 
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from configs import UserError, choice, require_path
-from datasets.clips import ClipDataset, Prepare, class_folders, find_frame_folders, find_videos
-from datasets.joint import WithStills, read_frame_list
-from datasets.latents import check_latents, find_latents, pick_variant, read_latents
+from datasets.clips import ClipDataset, Prepare, class_folders, survey
+from datasets.joint import WithStills, check_frame_list, read_frame_list
+from datasets.latents import SUFFIX, check_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
-from datasets.readers import READERS, read_frame_folder, read_video
+from datasets.readers import IMAGE_SUFFIXES, READERS, VIDEO_SUFFIXES, read_frame_folder, read_video
 from datasets.sampler import ClipSampler
 from datasets.transforms import square
 
 __all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "get_dataset", "load_batches"]
+
+MAX_LISTED = 120  # class folders that an error lists
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ SOURCES = {
 SOURCES |= {f"{name}_img": SOURCES[name] for name in ("ucf101", "ffs", "taichi", "sky")}  # with stills
 
 
-def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
+def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], object] = logger.warning) -> Dataset:
     """Returns the training set that `args` describes: a ClipDataset, or WithStills if `use_image_num` > 0.
 
     Pixels are uint8, a quarter of the traffic of fp32 between processes and to the GPU; `LatentCodec` scales them.
@@ -52,6 +57,7 @@ def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
     Args:
         args: has configs.DataOptions, num_frames, image_size, num_classes and global_seed.
         prepare: turns the frames read into those of an item.
+        say: called with a line for each thing about the folders that a user should know.
 
     Raises:
         UserError: the dataset or the reader is unknown, data_path holds no clips, or num_classes is not the number of
@@ -63,10 +69,10 @@ def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
     if args.latents_path:
         check_latents(args)
-        source, root = replace(source, files="latents"), Path(args.latents_path)
-    else:
-        root = require_path(args, "data_path")
-    paths, labels = _labelled_clips(source, root, args)
+        source = replace(source, files="latents")
+    key = "latents_path" if args.latents_path else "data_path"
+    root = require_path(args, key, folder=True)
+    paths, labels, num_unreadable = _labelled_clips(source, root, key, args, say)
     flip = source.flip if args.horizontal_flip is None else args.horizontal_flip
     read = {
         "video": partial(read_video, reader=args.video_reader),
@@ -83,41 +89,58 @@ def get_dataset(args: Any, prepare: Prepare = square) -> Dataset:
         flip=flip,
         seed=args.global_seed,
         prepare=pick_variant if args.latents_path else prepare,
+        num_unreadable=num_unreadable,
     )
     if not args.use_image_num:
         return clips
     if not args.frame_data_txt:
         return WithStills(clips, args.use_image_num)
-    images = require_path(args, "frame_data_path") if args.frame_data_path else root
+    images = require_path(args, "frame_data_path", folder=True) if args.frame_data_path else root
     classes = None if args.num_classes is None else class_folders(root)
-    return WithStills(
-        clips, args.use_image_num, *read_frame_list(require_path(args, "frame_data_txt"), images, classes)
-    )
+    stills, image_labels = read_frame_list(require_path(args, "frame_data_txt", folder=False), images, classes)
+    check_frame_list(stills, args.max_bad_fraction, say)
+    return WithStills(clips, args.use_image_num, stills, image_labels)
 
 
-def _labelled_clips(source: Source, root: Path, args: Any) -> tuple[list[Path], list[int]]:
-    """Returns the path and the label of every clip under `root`.
+def _labelled_clips(
+    source: Source, root: Path, key: str, args: Any, say: Callable[[str], object]
+) -> tuple[list[Path], list[int], int]:
+    """Returns the path and the label of every clip under `root` (option `key`), and how many folders are unreadable.
 
     A label is the position of the class folder in sorted order, or 0 without classes.
     """
-    find = {"video": find_videos, "frames": find_frame_folders, "latents": find_latents}[source.files]
-    if args.num_classes is None:
-        paths = find(root)
-        labels = [0] * len(paths)
-    elif source.has_classes:
-        classes = class_folders(root)
-        if len(classes) != args.num_classes:
-            raise UserError(
-                f"data_path: {root} has {len(classes)} class folders, but num_classes is {args.num_classes}"
-            )
-        labelled = [(path, label) for label, name in enumerate(classes) for path in find(root / name)]
-        paths, labels = [path for path, _ in labelled], [label for _, label in labelled]
-    else:
+    if args.num_classes is not None and not source.has_classes:
         raise UserError(f"dataset: {args.dataset} has no classes; leave num_classes empty, not {args.num_classes}")
+    kind, suffixes = {
+        "video": ("video files", VIDEO_SUFFIXES),
+        "frames": ("folders of images", IMAGE_SUFFIXES),
+        "latents": ("files of latents", {SUFFIX}),
+    }[source.files]
+    found = survey(root, suffixes)
+    paths = [folder for folder, _ in found.folders] if source.files == "frames" else found.files
+    if source.files == "latents":
+        paths.sort()  # by path, not folder by folder: the order that runs from latents have always had
+    notes, labels = found.notes(), [0] * len(paths)
     if not paths:
-        kind = {"video": "video files", "frames": "folders of images", "latents": "files of latents"}[source.files]
-        raise UserError(f"{'latents_path' if args.latents_path else 'data_path'}: there are no {kind} under {root}")
-    return paths, labels
+        raise UserError("; ".join([f"{key}: there are no {kind} under {root}", *notes]))
+    if args.num_classes is not None:
+        classes = class_folders(root)
+        label_of = {name: label for label, name in enumerate(classes)}
+        depth = len(root.parts)
+        folder_of = ["".join(path.parts[depth : depth + 1]) for path in paths]
+        clips = [(path, label_of[name]) for path, name in zip(paths, folder_of, strict=True) if name in label_of]
+        if empty := sorted(label_of.keys() - set(folder_of)):
+            notes.append(f"{root}: {len(empty)} class folders without {kind}: {', '.join(empty[:MAX_LISTED])}")
+        if len(clips) < len(paths):
+            notes.append(f"{root}: {len(paths) - len(clips)} {kind} outside the class folders are not used")
+        if len(classes) != args.num_classes:
+            listed = ", ".join(classes[:MAX_LISTED]) + ", ..." * (len(classes) > MAX_LISTED)
+            counts = f"{key}: {root} has {len(classes)} class folders, but num_classes is {args.num_classes}"
+            raise UserError("; ".join([f"{counts}: {listed or 'none'}", *notes]))
+        paths, labels = [path for path, _ in clips], [label for _, label in clips]
+    for note in notes:
+        say(note)
+    return paths, labels, len(found.unreadable)
 
 
 def class_names(args: Any) -> list[str] | None:

@@ -3,8 +3,11 @@
 A data set is a list of paths, one per video, and a reader (datasets/readers.py) that returns chosen frames of a path.
 """
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,15 @@ from configs.errors import UserError
 from datasets.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadClip, Read, has_suffix
 from datasets.transforms import square
 
+LEFT_BY_TOOLS = {  # in lower case: folders that file systems, archivers, file servers and Python leave beside data
+    "__macosx", "lost+found", "found.000", "$recycle.bin", "system volume information", "temporary items",
+    "network trash folder", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot",
+    "__pycache__",
+}  # fmt: skip
 MAX_TRIES = 100  # unusable files in a row before `read_usable` gives up
 MAX_NAMED = 10  # unusable files that a message names
+
+logger = logging.getLogger(__name__)
 
 Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # (frames read, image_size, flip) -> an item's frames
 
@@ -27,30 +37,110 @@ Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # (frames read, ima
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Survey:
+    """The files of a kind under a folder, and what the search could not read or did not enter."""
+
+    root: Path
+    folders: list[tuple[Path, list[str]]]  # the folders that hold such files, sorted, and the files' names
+    unreadable: list[str]  # folders, links and special files that cannot be read, with the reasons
+    ignored: list[str]  # hidden folders, folders of tools, links to folders that are found without them
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, sorted folder by folder."""
+        return [folder / name for folder, names in self.folders for name in sorted(names)]
+
+    def notes(self) -> list[str]:
+        """Returns what a user should know about the search, a line each."""
+        kinds = (("cannot be read", self.unreadable), ("ignored", self.ignored))
+        return [f"{self.root}: {len(paths)} {kind}: {summary(paths)}" for kind, paths in kinds if paths]
+
+
+def survey(root: Path, suffixes: set[str]) -> Survey:
+    """Searches `root`, at any depth, for files with one of `suffixes`.
+
+    Each real folder is entered once: links are followed last, and only to folders that are not found without them.
+    """
+    found = Survey(root, [], [], [])
+    entered: set[str] = set()
+    folders, links = deque([(root, os.path.realpath(root))]), deque()  # (path, real path)
+    while folders or links:
+        folder, real = (folders or links).popleft()
+        if real in entered or (folder != root and _contains(real, os.path.realpath(root))):
+            found.ignored.append(f"{folder} (a link to {real})")
+            continue
+        entered.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            found.unreadable.append(f"{folder} ({error.strerror})")
+            continue
+        names = []
+        for entry in entries:
+            path = Path(entry.path)
+            try:
+                if entry.is_dir():
+                    if _is_left_by_tools(entry.name):
+                        found.ignored.append(str(path))
+                    elif entry.is_symlink():
+                        links.append((path, os.path.realpath(path)))
+                    else:
+                        folders.append((path, str(Path(real, entry.name))))
+                elif has_suffix(entry.name, suffixes) and (entry.is_file() or not path.exists()):
+                    names.append(entry.name)  # also a broken link, which is unusable when drawn
+                elif not entry.name.startswith(".") and not entry.is_file():
+                    found.unreadable.append(f"{path} ({'not a file' if path.exists() else 'a link to nothing'})")
+            except OSError as error:
+                found.unreadable.append(f"{path} ({error.strerror})")
+        if names:
+            found.folders.append((folder, names))
+    found.folders.sort()
+    return found
+
+
 def class_folders(root: Path) -> list[str]:
-    """Returns the sorted names of the folders in `root`; a class's label is its index in this list."""
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Returns the sorted names of the class folders in `root`; a class's label is its index in this list.
+
+    Hidden folders, folders of tools, and links to a folder in `root` or above it are not classes.
+    """
+    real_root = os.path.realpath(root)
+
+    def is_class(entry: os.DirEntry) -> bool:
+        if _is_left_by_tools(entry.name) or not entry.is_symlink():
+            return not _is_left_by_tools(entry.name) and entry.is_dir()
+        real = os.path.realpath(entry.path)
+        if _contains(real_root, real) and not any(map(_is_left_by_tools, Path(real).relative_to(real_root).parts)):
+            return False  # `survey` finds that folder without the link
+        return os.path.isdir(real) and not _contains(real, real_root)  # noqa: PTH112 (Path.is_dir can raise)
+
+    return sorted(entry.name for entry in os.scandir(root) if is_class(entry))
 
 
 def find_videos(root: Path) -> list[Path]:
-    """Returns every video file under `root`, at any depth, sorted."""
-    return [folder / name for folder, names in _walk(root, VIDEO_SUFFIXES) for name in sorted(names)]
+    """Returns every video file under `root`, at any depth, sorted; logs what cannot be read and what is ignored."""
+    return _said(survey(root, VIDEO_SUFFIXES)).files
 
 
 def find_frame_folders(root: Path) -> list[Path]:
     """Returns every folder under `root` (`root` included) that holds images, sorted; each folder is one video."""
-    return [folder for folder, _ in _walk(root, IMAGE_SUFFIXES)]
+    return [folder for folder, _ in _said(survey(root, IMAGE_SUFFIXES)).folders]
 
 
-def _walk(root: Path, suffixes: set[str]) -> list[tuple[Path, list[str]]]:
-    """Returns the folders under `root` that hold files with one of `suffixes`, sorted, and the names of the files."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that remain
-        names = [name for name in names if has_suffix(name, suffixes)]
-        if names:
-            found.append((Path(folder), names))
-    return sorted(found)
+def _said(found: Survey) -> Survey:
+    for note in found.notes():
+        logger.warning(note)
+    return found
+
+
+def _is_left_by_tools(name: str) -> bool:
+    """Returns whether a folder of this name is hidden, or made by a file system, an archiver or a tool."""
+    return name.startswith(".") or name.casefold() in LEFT_BY_TOOLS
+
+
+def _contains(folder: str, path: str) -> bool:
+    """Returns whether `path` is `folder` or lies below it; both are real paths."""
+    return Path(path).is_relative_to(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,6 +201,8 @@ def summary(skipped: Sequence[str]) -> str:
 class ClipDataset(Dataset):
     """Clips as training items. `dataset[epoch, index]` always returns the same item; `dataset[index]` is epoch 0.
 
+    `num_unreadable` is the number of folders whose clips are missing because they cannot be read.
+
     An item is a dict:
         video: (F, 3, S, S) uint8, or the moments of latents.
         label: int; 0 without classes.
@@ -129,10 +221,11 @@ class ClipDataset(Dataset):
         flip: bool,
         seed: int,
         prepare: Prepare = square,
+        num_unreadable: int = 0,
     ):
         self.paths, self.labels, self.read, self.prepare = paths, labels, read, prepare
         self.num_frames, self.frame_interval, self.image_size = num_frames, frame_interval, image_size
-        self.flip, self.seed = flip, seed
+        self.flip, self.seed, self.num_unreadable = flip, seed, num_unreadable
 
     def __len__(self) -> int:
         return len(self.paths)

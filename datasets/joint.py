@@ -1,7 +1,9 @@
 """Clips followed by still images, for joint image-video training."""
 
+import codecs
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,16 @@ import torch
 from torch.utils.data import Dataset
 
 from configs import UserError
-from datasets.clips import ClipDataset, read_usable
+from datasets.clips import ClipDataset, read_usable, summary
 from datasets.readers import read_image
+
+BYTE_ORDER_MARKS = {  # at the start of a text file -> its encoding
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # starts with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class WithStills(Dataset):
@@ -29,6 +39,7 @@ class WithStills(Dataset):
         labels: Sequence[int] | None = None,
     ):
         self.clips, self.num_stills, self.paths, self.labels = clips, num_stills, paths, labels
+        self.num_unreadable = clips.num_unreadable
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -60,13 +71,16 @@ def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tu
     The first part of a line that is the name of a class (upper or lower case) gives the label: the folder in
     `Archery/v_Archery_g01_c01/000000.jpg`, the second word in `v_HandStandPushups_g01_c01/000000.jpg`.
 
+    The list is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Bytes of another encoding stay as they are, as in
+    names of files.
+
     Raises:
         UserError: the list is empty, or a line contains no class.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"frame_data_txt: {path} is not UTF-8 text") from None
+    content = path.read_bytes()
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    lines = content.decode(encoding, "surrogateescape" if "utf-8" in encoding else "replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise UserError(f"frame_data_txt: {path} names no images")
     if classes is None:
@@ -77,6 +91,22 @@ def read_frame_list(path: Path, root: Path, classes: Sequence[str] | None) -> tu
         pieces = [*line.split("/"), *re.split("[/_]", line)]
         label = next((label_of[piece.casefold()] for piece in pieces if piece.casefold() in label_of), None)
         if label is None:
-            raise UserError(f"frame_data_txt: {path}: no class of data_path is in the line {line!r}")
+            raise UserError(f"frame_data_txt: {path}: no class of data_path is in the line {line[:200]!r}")
         labels.append(label)
     return [root / line for line in lines], labels
+
+
+def check_frame_list(paths: Sequence[Path], max_bad_fraction: float, say: Callable[[str], object]) -> None:
+    """Says which of the images of a list are missing; raises UserError if they are more than `max_bad_fraction`."""
+    present: dict[Path, set[str]] = {}  # a listing of each folder takes less time than a look at each file
+    for folder in {path.parent for path in paths}:
+        try:
+            present[folder] = {entry.name for entry in os.scandir(folder)}
+        except OSError:
+            present[folder] = set()
+    if not (missing := [str(path) for path in paths if path.name not in present[path.parent]]):
+        return
+    message = f"frame_data_txt: {len(missing)} of {len(paths)} images cannot be found: {summary(missing)}"
+    if len(missing) > max_bad_fraction * len(paths):
+        raise UserError(f"{message}; max_bad_fraction={max_bad_fraction}, lines start from frame_data_path")
+    say(message)

@@ -20,11 +20,6 @@ SUFFIX = ".safetensors"
 RECORD = "latents.json"  # beside them: what they were made from
 
 
-def find_latents(root: Path) -> list[Path]:
-    """Every file of latents under `root`, at any depth, sorted."""
-    return sorted(root.rglob(f"*{SUFFIX}"))
-
-
 def read_latents(path: Path, choose: Choose) -> torch.Tensor:
     """The moments of the chosen frames, (F, V, 2C, h, w); the rest of the file stays on disk.
 
@@ -60,7 +55,7 @@ def check_latents(args: Any, encoder: str | None = None) -> None:
     Args:
         encoder: `LatentCodec.fingerprint()` of the VAE that decodes them, if the caller has one.
     """
-    record = require_path(args, "latents_path") / RECORD
+    record = require_path(args, "latents_path", folder=True) / RECORD
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
     made = json.loads(record.read_text())

@@ -53,6 +53,7 @@ def load_batches(
     """Yields batches (see `collate`) of `dataset` in the order of `sampler`, without end.
 
     Args:
+        dataset: one of `get_dataset`.
         max_bad_fraction: the largest share of unusable files among those drawn.
         say: called with a message for each unusable file, once.
         loader_options: for the DataLoader.
@@ -68,7 +69,8 @@ def load_batches(
         generator=torch.Generator(),  # otherwise seeding the workers would advance the training's generator
         **loader_options,
     )
-    drawn, bad, named = 0, 0, {}
+    drawn = bad = dataset.num_unreadable  # each such folder counts as an unusable file
+    named = {}
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -82,6 +84,6 @@ def load_batches(
         if drawn >= min(len(dataset), MIN_JUDGED) and bad > max_bad_fraction * drawn:
             raise UserError(
                 f"{bad} of {drawn} files drawn cannot be used, more than max_bad_fraction={max_bad_fraction}: "
-                f"{summary(list(named))}"
+                f"{summary(list(named)) or 'folders that cannot be read'}"
             )
         yield batch

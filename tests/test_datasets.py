@@ -1,8 +1,13 @@
 """The training data: which frames a clip holds, what becomes of broken files, the eight layouts, and determinism."""
 
+import errno
 import json
 import logging
+import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +23,7 @@ from safetensors.torch import save_file
 
 from configs import ROOT, UserError
 from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
-from datasets.clips import ClipDataset, find_frame_folders, temporal_crop
+from datasets.clips import ClipDataset, class_folders, find_frame_folders, temporal_crop
 from datasets.readers import BadClip, natural_order, read_frame_folder, read_image, read_video
 from datasets.transforms import square
 
@@ -492,13 +497,22 @@ def test_each_skipped_file_is_logged_once(video_tree, caplog):
     [
         (dict(dataset="ucf11"), "dataset: 'ucf11' is unknown; valid: .*ucf101.*video_folder"),
         (dict(video_reader="opencv"), "video_reader: 'opencv' is unknown; valid: pyav, decord"),
-        (dict(num_classes=101), "has 2 class folders, but num_classes is 101"),
+        (dict(num_classes=101), "has 2 class folders, but num_classes is 101: Archery, HandstandPushups$"),
         (dict(dataset="ffs", num_classes=2), "ffs has no classes; leave num_classes empty"),
         (dict(dataset="ucf101_img"), "ucf101_img needs use_image_num > 0; for clips alone use ucf101"),
         (dict(dataset="sky"), "there are no folders of images under"),
         (dict(data_path="/path/to/ucf101"), "data_path still holds the placeholder"),
         (dict(data_path="/nowhere"), "data_path: nothing at /nowhere"),
         (dict(use_image_num=1, frame_data_txt="/nowhere.txt"), "frame_data_txt: nothing at /nowhere.txt"),
+        (dict(data_path=__file__), "data_path: .* is a file, where a folder is needed"),
+        (dict(data_path="/" + "long" * 100), r"data_path: .* cannot be read \(File name too long\)"),
+        (dict(data_path=f"{__file__}/videos"), "data_path: nothing at"),
+        (dict(latents_path=__file__), "latents_path: .* is a file, where a folder is needed"),
+        (dict(use_image_num=1, frame_data_txt="/tmp"), "frame_data_txt: /tmp is a folder, where a file is needed"),
+        (
+            dict(use_image_num=1, frame_data_txt=__file__, frame_data_path=__file__),
+            "frame_data_path: .* is a file, where a folder is needed",
+        ),
     ],
 )
 def test_wrong_options_are_one_line_that_says_what_is_right(video_tree, changes, message):
@@ -516,10 +530,33 @@ def test_a_list_line_without_a_class_is_named(video_tree, tmp_path):
         )
 
 
-def test_a_list_that_is_no_utf8_is_one_line(video_tree, tmp_path):
-    (tmp_path / "list.txt").write_bytes("Bär/1.jpg\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"frame_data_txt: .*list.txt is not UTF-8 text"):
-        get_dataset(options("ffs", video_tree, use_image_num=1, frame_data_txt=str(tmp_path / "list.txt")))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"])
+def test_a_list_names_its_files_in_any_encoding(video_tree, tmp_path, encoding):
+    """With a byte order mark, with Windows' line ends; names that are not UTF-8 are found by their bytes."""
+    folder = "Bär" if encoding != "latin-1" else "Bär".encode("latin-1").decode("utf-8", "surrogateescape")
+    write_frames(tmp_path / folder, np.zeros((2, 8, 8, 3), np.uint8), "{}.png")
+    (tmp_path / "list.txt").write_bytes("Bär/1.png\r\nBär/2.png\r\n".encode(encoding))
+    stills = dict(use_image_num=1, frame_data_path=str(tmp_path), frame_data_txt=str(tmp_path / "list.txt"))
+    dataset = get_dataset(options("ffs_img", video_tree, **stills))
+    assert dataset.paths == [tmp_path / folder / "1.png", tmp_path / folder / "2.png"]
+    assert not dataset[0]["video"][NUM_FRAMES:].any()
+
+
+@pytest.mark.parametrize("allowed", [0.5, 0.4])
+def test_missing_images_of_a_list_are_named_at_the_start(video_tree, frame_list, allowed):
+    """More of them than max_bad_fraction are an error, fewer a line in the log."""
+    lines = ["v_Archery_g01_c01/000001.jpg", "v_Archery_g01_c01/gone.jpg", "gone/1.jpg", "v_Archery_g01_c01/bad.jpg"]
+    (frame_list.parent / "half.txt").write_text("\n".join(lines))
+    stills = dict(use_image_num=1, frame_data_path=str(frame_list.parent))
+    stills |= dict(frame_data_txt=str(frame_list.parent / "half.txt"), max_bad_fraction=allowed)
+    said, root = [], frame_list.parent
+    message = f"frame_data_txt: 2 of 4 images cannot be found: {root}/v_Archery_g01_c01/gone.jpg; {root}/gone/1.jpg"
+    if allowed == 0.5:
+        get_dataset(options("ffs_img", video_tree, **stills), say=said.append)
+        assert said == [message]
+    else:
+        with pytest.raises(UserError, match=f"^{message}; max_bad_fraction=0.4"):
+            get_dataset(options("ffs_img", video_tree, **stills))
 
 
 def test_ucf101_names_its_classes_without_its_videos():
@@ -540,6 +577,162 @@ def test_classes_are_chosen_by_index_or_by_name_in_any_case():
         class_index(3, names, 3)
     with pytest.raises(UserError, match="these classes have no names; give an index from 0 to 2"):
         class_index("bowling", None, 3)
+
+
+# Folders
+
+
+def touch(root: Path, *files: str) -> None:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+
+
+def found(root: Path, num_classes: int | None, say=lambda note: None, **changes) -> dict[str, int]:
+    """The clips that a data set finds, relative to its folder, and their labels."""
+    dataset = get_dataset(options("video_folder", root, num_classes=num_classes, **changes), say=say)
+    names = [str(path.relative_to(root)) for path in dataset.paths]
+    return dict(zip(names, dataset.labels, strict=True))
+
+
+LEFT_BY_TOOLS = [
+    "__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints", "$RECYCLE.BIN", "System Volume Information",
+    ".Trash-1000", "#recycle", "@Recycle", ".git",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BY_TOOLS)
+@pytest.mark.parametrize("place", [".", "Box"])
+def test_folders_that_tools_leave_are_no_classes_and_hold_no_clips(tmp_path, name, place):
+    """Of file systems, archivers and file servers; at the top and inside a class. They are named."""
+    said = []
+    touch(tmp_path, "Box/a.mp4", "Box/._a.mp4", "Cup/b.mp4", f"{place}/{name}/Box/a.mp4", f"{place}/{name}/1.png")
+    assert found(tmp_path, 2, said.append) == {"Box/a.mp4": 0, "Cup/b.mp4": 1}
+    assert said == [f"{tmp_path}: 1 ignored: {tmp_path / place / name}"]
+    assert class_folders(tmp_path) == ["Box", "Cup"]
+    assert find_frame_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("Box/up", ".."),  # to the root
+        ("Box/far_up", "../.."),  # above it, where other clips are
+        ("Box/self", "."),
+        ("Box/cup", "../Cup"),  # between classes
+        ("Another", "Box"),  # a class twice
+        ("Box/deep/er", "../../Cup/deep"),
+        ("Box/loop", "loop"),
+    ],
+)
+def test_each_real_folder_is_visited_once(tmp_path, link, target):
+    """Links to a parent, to itself and between classes add no clip and no class, and are named."""
+    root, said = tmp_path / "train", []
+    touch(tmp_path, "test/Box/z.mp4", "train/Box/a.mp4", "train/Box/deep/b.mp4", "train/Cup/deep/c.mp4")
+    (root / link).symlink_to(target)
+    assert found(root, 2, said.append) == {"Box/a.mp4": 0, "Box/deep/b.mp4": 0, "Cup/deep/c.mp4": 1}
+    assert len(said) == 1 and str(root / link) in said[0]
+
+
+def test_links_out_of_the_folder_are_followed(tmp_path):
+    """Classes on other disks, files by link, a hidden store; two links to one folder count once, the upper one."""
+    root, store, said = tmp_path / "train", tmp_path / "disk", []
+    touch(tmp_path, "disk/box/a.mp4", "disk/box/more/b.mp4", "disk/cup/c.mp4", "train/Cup/d.mp4", "train/.store/e.mp4")
+    (root / "Box").symlink_to(store / "box")
+    (root / "Dog").symlink_to(".store")
+    (root / "Cup" / "c.mp4").symlink_to(store / "cup" / "c.mp4")
+    (root / "Cup" / "Again").symlink_to(store / "box")
+    wanted = {"Box/a.mp4": 0, "Box/more/b.mp4": 0, "Cup/c.mp4": 1, "Cup/d.mp4": 1, "Dog/e.mp4": 2}
+    assert found(root, 3, said.append) == wanted
+    assert said == [f"{root}: 2 ignored: {root}/.store; {root}/Cup/Again (a link to {store}/box)"]
+
+
+def test_what_is_no_file_or_leads_nowhere_is_named(tmp_path):
+    """A class on a disk that is not mounted, a pipe with a video's name (reading it would wait for ever)."""
+    said = []
+    touch(tmp_path, "Box/a.mp4", "Cup/b.mp4")
+    os.mkfifo(tmp_path / "Box" / "pipe.mp4")
+    (tmp_path / "Dog").symlink_to("/not/mounted")
+    assert found(tmp_path, 2, said.append) == {"Box/a.mp4": 0, "Cup/b.mp4": 1}
+    wanted = f"{tmp_path}: 2 cannot be read: {tmp_path}/Dog (a link to nothing); {tmp_path}/Box/pipe.mp4 (not a file)"
+    assert said == [wanted]
+
+
+@pytest.fixture
+def tree() -> Iterator[Path]:
+    """A folder that any user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def closed_to_us(folder: Path) -> Iterator[None]:
+    """A folder that this process may not read, also where the tests run as root: another user then, for the while."""
+    folder.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("closed", ["Box", "Box/deep"])
+def test_a_closed_folder_is_named_and_counts_as_bad(tree, closed):
+    """Its class keeps its label; a tenth of unusable files is allowed here, and this is one of four."""
+    touch(tree, "Box/deep/a.mp4", *(f"Cup/{i}.mp4" for i in range(3)))
+    said = []
+    with closed_to_us(tree / closed):
+        dataset = get_dataset(options("video_folder", tree, num_classes=2), say=said.append)
+    assert dataset.labels == [1, 1, 1] and dataset.num_unreadable == 1
+    assert said == [
+        f"{tree}: 1 cannot be read: {tree / closed} (Permission denied)",
+        f"{tree}: 1 class folders without video files: Box",
+    ]
+    dataset.read = lambda path, choose: torch.zeros(len(choose(9)), 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"1 of 4 files drawn cannot be used, more than max_bad_fraction=0.1"):
+        list(islice(load_batches(dataset, ClipSampler(3, 3), max_bad_fraction=0.1), 2))
+
+
+@pytest.mark.parametrize(("root", "message"), [("data", "there are no video files"), ("data/Box", "cannot be read")])
+def test_a_closed_root_is_one_line(tree, root, message):
+    touch(tree, "data/Box/a.mp4")
+    with closed_to_us(tree / "data"), pytest.raises(UserError, match=f"^data_path: .*{message}.*Permission denied"):
+        found(tree / root, 1)
+
+
+def test_an_input_output_error_in_the_walk_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "Box/a.mp4", "Cup/b.mp4")
+    scandir, said = os.scandir, []
+
+    def failing(path):
+        if Path(path).name == "Cup":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", failing)
+    assert found(tmp_path, 2, said.append) == {"Box/a.mp4": 0}
+    assert said[0] == f"{tmp_path}: 1 cannot be read: {tmp_path}/Cup (Input/output error)"
+
+
+def test_a_wrong_number_of_classes_lists_the_folders_found_and_the_empty_ones(tmp_path):
+    touch(tmp_path, "Box/a.mp4", "Cup/b.mp4", "Dog/notes.txt", "@eaDir/c.mp4", "stray.mp4")
+    with pytest.raises(UserError) as caught:
+        found(tmp_path, 2)
+    assert str(caught.value) == (
+        f"data_path: {tmp_path} has 3 class folders, but num_classes is 2: Box, Cup, Dog; "
+        f"{tmp_path}: 1 ignored: {tmp_path}/@eaDir; {tmp_path}: 1 class folders without video files: Dog; "
+        f"{tmp_path}: 1 video files outside the class folders are not used"
+    )
+
+
+def test_names_that_are_not_utf8_are_found(tmp_path):
+    name = b"B\xe4r".decode("utf-8", "surrogateescape")
+    touch(tmp_path, f"{name}/{name}.mp4", "Cup/b.mp4")
+    assert found(tmp_path, 2) == {f"{name}/{name}.mp4": 0, "Cup/b.mp4": 1}
 
 
 def test_hidden_folders_are_not_searched(tmp_path):

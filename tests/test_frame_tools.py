@@ -56,7 +56,14 @@ def ffmpeg(source: Path, target: Path, *options: str, before: tuple[str, ...] = 
 
 
 def dataset(kind: str, root: Path, **changes) -> torch.utils.data.Dataset:
-    values = dict(dataset=kind, data_path=str(root), frame_data_path=None, frame_data_txt=None, latents_path=None)
+    values = dict(
+        dataset=kind,
+        data_path=str(root),
+        frame_data_path=None,
+        frame_data_txt=None,
+        latents_path=None,
+        max_bad_fraction=0.0,
+    )
     values |= dict(num_frames=8, frame_interval=2, image_size=32, use_image_num=0, num_classes=2, horizontal_flip=None)
     return get_dataset(SimpleNamespace(**(values | dict(global_seed=7, video_reader="decord") | changes)))
 
