@@ -23,6 +23,7 @@ if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +35,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from datasets import ClipSampler, get_dataset, load_batches
+from datasets import ClipSampler, class_changes, get_dataset, load_batches
 from datasets.latents import check_latents
 from diffusion import Diffusion, make_diffusion
 from models.autoencoder import LatentCodec, load_codec
@@ -57,9 +58,16 @@ class TrainState:
     consumed: int = 0  # clips of all processes so far
 
 
-def restore(state: TrainState, cfg: TrainConfig, log: runs.RunLog) -> bool:
-    """Loads the newest resume state of the run into `state`; returns False if the run has none."""
+def restore(state: TrainState, cfg: TrainConfig, log: runs.RunLog, classes: Sequence[str] | None) -> bool:
+    """Loads the newest resume state of the run into `state`; returns False if the run has none.
+
+    Args:
+        classes: the names of the classes now, which must be those of the run.
+    """
     saved = runs.load_state(log)
+    if classes and saved.get("classes") and (changes := class_changes(saved["classes"], classes)):
+        advice = "rename the folders back, or start anew with resume_from_checkpoint=no"
+        raise UserError(f"data_path: the classes are no longer those of {log.run}: {changes}; {advice}")
     log.rewind(saved.get("step", 0))
     if not saved:
         return False
@@ -78,7 +86,9 @@ def restore(state: TrainState, cfg: TrainConfig, log: runs.RunLog) -> bool:
     return True
 
 
-def save(state: TrainState, cfg: TrainConfig, log: runs.RunLog, checkpoint: bool) -> None:
+def save(
+    state: TrainState, cfg: TrainConfig, log: runs.RunLog, classes: Sequence[str] | None, checkpoint: bool
+) -> None:
     """Writes the resume state and, with `checkpoint`, the weights for sampling."""
     weights = state.latte.state_dict()
     if checkpoint:
@@ -94,6 +104,7 @@ def save(state: TrainState, cfg: TrainConfig, log: runs.RunLog, checkpoint: bool
         consumed=state.consumed,
         losses=state.meter.losses,
         scaler=state.scaler.state_dict() if state.scaler else None,
+        classes=classes,
     )
     log.print(f"step {state.step}: saved")
 
@@ -161,6 +172,7 @@ def train(cfg: TrainConfig) -> None:
     # Data, VAE, model
     notes: list[str] = []  # for the log, which opens below
     dataset = get_dataset(cfg, say=notes.append)
+    training.check_same_clips(dataset)
     codec = load_codec(cfg, device) if training.needs_vae(cfg) else None
     if codec and cfg.latents_path:
         check_latents(cfg, codec.fingerprint())
@@ -181,7 +193,7 @@ def train(cfg: TrainConfig) -> None:
 
     # The run: continued, or new
     log = runs.open_run(cfg, rank)
-    if not restore(state, cfg, log):
+    if not restore(state, cfg, log, dataset.classes):
         if cfg.pretrained:
             training.start_from_pretrained(latte, cfg, diffusion, encoder, dataset, log)
         state.ema.update_parameters(latte)  # the first update copies
@@ -244,7 +256,7 @@ def train(cfg: TrainConfig) -> None:
         # Save
         checkpoint = finished or (step % cfg.ckpt_every == 0 and not guard.bad_steps)  # no diverged weights
         if is_main and (checkpoint or stopping):
-            save(state, cfg, log, checkpoint)
+            save(state, cfg, log, dataset.classes, checkpoint)
         if stopping:
             log.print("stopped by a signal; the same command continues")
             break

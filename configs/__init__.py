@@ -390,6 +390,8 @@ def _parse_overrides(schema: type, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{item}: expected key=value")
         if key.split(".")[0] not in known:
             raise UserError(f"unknown key {key}{suggest(key, known)}")
+        if any("\ud800" <= character <= "\udfff" for character in item):  # a byte of another encoding
+            raise UserError(f"{item} is not UTF-8, which YAML files need: rename the file, or give a link to it")
     values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     return _check_keys(schema, values, COMMAND_LINE)
 

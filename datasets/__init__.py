@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from torch.utils.data import Dataset
 
 from configs import UserError, choice, require_path
-from datasets.clips import ClipDataset, Prepare, class_folders, survey
+from datasets.clips import ClipDataset, Prepare, class_folders, summary, survey
 from datasets.joint import WithStills, check_frame_list, read_frame_list
 from datasets.latents import SUFFIX, check_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
@@ -22,7 +24,16 @@ from datasets.readers import IMAGE_SUFFIXES, READERS, VIDEO_SUFFIXES, read_frame
 from datasets.sampler import ClipSampler
 from datasets.transforms import square
 
-__all__ = ["SOURCES", "ClipSampler", "class_index", "class_names", "collate", "get_dataset", "load_batches"]
+__all__ = [
+    "SOURCES",
+    "ClipSampler",
+    "class_changes",
+    "class_index",
+    "class_names",
+    "collate",
+    "get_dataset",
+    "load_batches",
+]
 
 MAX_LISTED = 120  # class folders that an error lists
 
@@ -72,7 +83,7 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
         source = replace(source, files="latents")
     key = "latents_path" if args.latents_path else "data_path"
     root = require_path(args, key, folder=True)
-    paths, labels, num_unreadable = _labelled_clips(source, root, key, args, say)
+    paths, labels, classes, num_unreadable = _labelled_clips(source, root, key, args, say)
     flip = source.flip if args.horizontal_flip is None else args.horizontal_flip
     read = {
         "video": partial(read_video, reader=args.video_reader),
@@ -89,6 +100,7 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
         flip=flip,
         seed=args.global_seed,
         prepare=pick_variant if args.latents_path else prepare,
+        classes=classes,
         num_unreadable=num_unreadable,
     )
     if not args.use_image_num:
@@ -96,7 +108,6 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     if not args.frame_data_txt:
         return WithStills(clips, args.use_image_num)
     images = require_path(args, "frame_data_path", folder=True) if args.frame_data_path else root
-    classes = None if args.num_classes is None else class_folders(root)
     stills, image_labels = read_frame_list(require_path(args, "frame_data_txt", folder=False), images, classes)
     check_frame_list(stills, args.max_bad_fraction, say)
     return WithStills(clips, args.use_image_num, stills, image_labels)
@@ -104,8 +115,8 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
 
 def _labelled_clips(
     source: Source, root: Path, key: str, args: Any, say: Callable[[str], object]
-) -> tuple[list[Path], list[int], int]:
-    """Returns the path and the label of every clip under `root` (option `key`), and how many folders are unreadable.
+) -> tuple[list[Path], list[int], list[str] | None, int]:
+    """Returns the paths and labels of the clips under `root` (option `key`), the classes, and the unreadable folders.
 
     A label is the position of the class folder in sorted order, or 0 without classes.
     """
@@ -120,7 +131,7 @@ def _labelled_clips(
     paths = [folder for folder, _ in found.folders] if source.files == "frames" else found.files
     if source.files == "latents":
         paths.sort()  # by path, not folder by folder: the order that runs from latents have always had
-    notes, labels = found.notes(), [0] * len(paths)
+    notes, labels, classes = found.notes(), [0] * len(paths), None
     if not paths:
         raise UserError("; ".join([f"{key}: there are no {kind} under {root}", *notes]))
     if args.num_classes is not None:
@@ -140,7 +151,7 @@ def _labelled_clips(
         paths, labels = [path for path, _ in clips], [label for _, label in clips]
     for note in notes:
         say(note)
-    return paths, labels, len(found.unreadable)
+    return paths, labels, classes, len(found.unreadable)
 
 
 def class_names(args: Any) -> list[str] | None:
@@ -152,6 +163,17 @@ def class_names(args: Any) -> list[str] | None:
     if (args.dataset or "").startswith("ucf101") and args.num_classes == 101:
         return Path(__file__).with_name("ucf101_classes.txt").read_text().split()
     return None
+
+
+def class_changes(before: Sequence[str], now: Sequence[str]) -> str:
+    """Returns how the classes of two lists differ, label by label; empty if they are the same."""
+    before, now = ([normalize("NFC", name) for name in names] for names in (before, now))  # macOS writes NFD
+    if before == now:
+        return ""
+    gone, new = ([name for name in one if name not in other] for one, other in ((before, now), (now, before)))
+    changes = [f"{names} {what}" for what, names in (("gone", ", ".join(gone)), ("new", ", ".join(new))) if names]
+    pairs = enumerate(zip_longest(before, now, fillvalue="none"))
+    return summary([*changes, *(f"label {i} was {old}, is {ours}" for i, (old, ours) in pairs if old != ours)])
 
 
 def class_index(wanted: str | int, names: Sequence[str] | None, num_classes: int) -> int:

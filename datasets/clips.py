@@ -201,7 +201,8 @@ def summary(skipped: Sequence[str]) -> str:
 class ClipDataset(Dataset):
     """Clips as training items. `dataset[epoch, index]` always returns the same item; `dataset[index]` is epoch 0.
 
-    `num_unreadable` is the number of folders whose clips are missing because they cannot be read.
+    `classes` are the names of the labels, None without classes; `num_unreadable` is the number of folders whose clips
+    are missing because they cannot be read.
 
     An item is a dict:
         video: (F, 3, S, S) uint8, or the moments of latents.
@@ -221,11 +222,12 @@ class ClipDataset(Dataset):
         flip: bool,
         seed: int,
         prepare: Prepare = square,
+        classes: Sequence[str] | None = None,
         num_unreadable: int = 0,
     ):
         self.paths, self.labels, self.read, self.prepare = paths, labels, read, prepare
         self.num_frames, self.frame_interval, self.image_size = num_frames, frame_interval, image_size
-        self.flip, self.seed, self.num_unreadable = flip, seed, num_unreadable
+        self.flip, self.seed, self.classes, self.num_unreadable = flip, seed, classes, num_unreadable
 
     def __len__(self) -> int:
         return len(self.paths)

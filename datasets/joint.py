@@ -39,7 +39,7 @@ class WithStills(Dataset):
         labels: Sequence[int] | None = None,
     ):
         self.clips, self.num_stills, self.paths, self.labels = clips, num_stills, paths, labels
-        self.num_unreadable = clips.num_unreadable
+        self.classes, self.num_unreadable = clips.classes, clips.num_unreadable
 
     def __len__(self) -> int:
         return len(self.clips)

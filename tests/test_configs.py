@@ -312,3 +312,10 @@ def test_a_markdown_table_aligns_its_cells_and_leaves_out_empty_columns():
         "| uncached |       – |",
         "| N2       | 38.1 dB |",
     ]
+
+
+def test_a_path_that_is_not_utf8_is_one_line():
+    """No YAML file can hold it, the record of a run included."""
+    path = b"/data/B\xe4r".decode("utf-8", "surrogateescape")  # as the shell hands it over
+    with pytest.raises(UserError, match=r"^data_path=/data/B.*r is not UTF-8, which YAML files need: rename the file"):
+        load_config(TrainConfig, None, [f"data_path={path}"])

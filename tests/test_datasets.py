@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import ROOT, UserError
-from datasets import SOURCES, ClipSampler, class_index, class_names, get_dataset, load_batches
+from datasets import SOURCES, ClipSampler, class_changes, class_index, class_names, get_dataset, load_batches
 from datasets.clips import ClipDataset, class_folders, find_frame_folders, temporal_crop
 from datasets.readers import BadClip, natural_order, read_frame_folder, read_image, read_video
 from datasets.transforms import square
@@ -565,6 +565,21 @@ def test_ucf101_names_its_classes_without_its_videos():
     assert len(set(names)) == len(names) == 101 and names == sorted(names)
     assert [names.index(n) for n in ("ApplyEyeMakeup", "HammerThrow", "HandstandPushups", "YoYo")] == [0, 34, 36, 100]
     assert class_names(SimpleNamespace(dataset="sky", data_path=None, num_classes=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "changes"),
+    [
+        (["Bär", "Cup", "Dog"], ""),
+        (["Ba\u0308r", "Cup", "Dog"], ""),  # as macOS spells it
+        (["Cup", "Dog"], "Bär gone; label 0 was Bär, is Cup; label 1 was Cup, is Dog; label 2 was Dog, is none"),
+        (["Bär", "Cup", "Dog", "Elk"], "Elk new; label 3 was none, is Elk"),
+        (["Cup", "Bär", "Dog"], "label 0 was Bär, is Cup; label 1 was Cup, is Bär"),
+        (["Bär", "Cup", "Elk"], "Dog gone; Elk new; label 2 was Dog, is Elk"),
+    ],
+)
+def test_changes_of_classes_are_told_label_by_label(now, changes):
+    assert class_changes(["Bär", "Cup", "Dog"], now) == changes
 
 
 def test_classes_are_chosen_by_index_or_by_name_in_any_case():

@@ -22,13 +22,14 @@ from torch._subclasses import FakeTensorMode
 
 import train as program
 from configs import ROOT, TrainConfig, UserError, load_config, to_yaml
+from datasets import get_dataset
 from datasets.latents import RECORD
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
 from sample.distributed import Environment
 from tools.common.runs import RunLog
-from tools.common.training import StepGuard, check_training_options, learning_rate
+from tools.common.training import StepGuard, check_same_clips, check_training_options, learning_rate
 from train import clip_seed, train
 
 TINY = dict(
@@ -298,6 +299,66 @@ def test_run_of_other_weights_is_not_continued(latents, tmp_path, change):
     key, value = next(iter(change.items()))
     with pytest.raises(UserError, match=f"has other weights, as it has other options: {key}=.*, not {value}$"):
         run(latents, tmp_path, **change, resume_from_checkpoint=next(tmp_path.iterdir()))
+
+
+CLASS_CHANGES = {  # what happens to the folders a and b -> what the error says
+    "renamed": (
+        {"a": "z"},
+        "a gone; z new; label 0 was a, is b; label 1 was b, is z; rename the folders back, or start",
+    ),
+    "renamed in place": ({"b": "c"}, "b gone; c new; label 1 was b, is c; rename"),
+    "swapped by case": ({"a": "c", "b": "A"}, "a, b gone; A, c new; label 0 was a, is A; label 1 was b, is c; rename"),
+}
+
+
+@pytest.mark.parametrize("change", CLASS_CHANGES)
+def test_a_run_does_not_go_on_with_other_classes(latents, tmp_path, change):
+    """Folders renamed between a run and its continuation would shift labels; nothing of the run is lost."""
+    shutil.copytree(latents, tmp_path / "latents")
+    names, message = CLASS_CHANGES[change]
+    unbroken = run(latents, tmp_path / "unbroken")
+    run(tmp_path / "latents", tmp_path / "runs", max_train_steps=4)
+    for old, new in names.items():
+        (tmp_path / "latents" / old).rename(tmp_path / "latents" / new)
+    log = next(tmp_path.glob("runs/*/log.jsonl")).read_text()
+    with pytest.raises(UserError, match=rf"^data_path: the classes are no longer those of .*/000-\S+: {message}"):
+        run(tmp_path / "latents", tmp_path / "runs")
+    assert next(tmp_path.glob("runs/*/log.jsonl")).read_text() == log
+    for old, new in names.items():
+        (tmp_path / "latents" / new).rename(tmp_path / "latents" / old)
+    assert_equal(run(tmp_path / "latents", tmp_path / "runs"), unbroken)
+
+
+def test_a_state_without_the_classes_is_continued(latents, tmp_path):
+    """Runs of earlier versions of this code did not save the names."""
+    unbroken = run(latents, tmp_path / "unbroken")
+    run(latents, tmp_path / "runs", max_train_steps=4)
+    path = next(tmp_path.glob("runs/*/resume/0000004.pt"))
+    state = torch.load(path)
+    assert state.pop("classes") == ["a", "b"]
+    torch.save(state, path)
+    assert_equal(run(latents, tmp_path / "runs"), unbroken)
+
+
+def test_validation_clips_have_the_classes_of_training(tiny, latents, tmp_path):
+    for name in ("a", "c"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        shutil.copy(next(ROOT.glob("datasets/demo/test/*/*_c01.mp4")), tmp_path / "clips" / name)
+    options = dict(pretrained_model_path=tiny.parent, validation_every=1, validation_path=tmp_path / "clips")
+    message = r"^validation_path: .* has other classes than .*: b gone; c new; label 1 was b, is c$"
+    with pytest.raises(UserError, match=message):
+        run(latents, tmp_path / "runs", **options)
+
+
+def test_every_process_must_find_the_same_clips(latents, monkeypatch, tmp_path):
+    """A disk that fails on one machine would mix up the ranks' shares."""
+    dataset = get_dataset(config(latents, tmp_path))
+    first: list[object] = []
+    monkeypatch.setattr("tools.common.training.broadcast_object_list", lambda mine: first or mine)
+    check_same_clips(dataset)
+    first.append((7, "another hash"))
+    with pytest.raises(UserError, match=r"^data_path: the 6 clips here are not the 7 clips that process 0"):
+        check_same_clips(dataset)
 
 
 def test_skipped_files_are_named_in_the_runs_log(latents, tmp_path):
@@ -691,9 +752,9 @@ def test_finished_run_says_so(latents, tmp_path, capsys):
 def test_previews_and_validation_look_on_and_change_nothing(tiny, latents, tmp_path):
     """Videos with and without cache, a loss on fixed clips, TensorBoard; the weights are those of a run without."""
     data = tmp_path / "clips"
-    for source in sorted((ROOT / "datasets" / "demo" / "test").glob("*/*_c01.mp4"))[:2]:
-        (data / source.parent.name).mkdir(parents=True)
-        shutil.copy(source, data / source.parent.name)
+    for name, source in zip("ab", sorted((ROOT / "datasets" / "demo" / "test").glob("*/*_c01.mp4")), strict=False):
+        (data / name).mkdir(parents=True)
+        shutil.copy(source, data / name)
     options = dict(max_train_steps=4, pretrained_model_path=tiny.parent, sample_method="ddim", num_sampling_steps=3)
     plain = run(latents, tmp_path / "plain", **options)
     watched = dict(preview_every=2, preview_clips=2, validation_every=2, validation_path=data, validation_clips=2)

@@ -3,6 +3,7 @@
 Letters: B clips of a process, F frames, C channels of the latents.
 """
 
+import hashlib
 import math
 import resource
 import signal
@@ -15,12 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from configs import SampleConfig, TrainConfig, UserError, cli, require_path
 from configs.files import check_writable
-from datasets import collate, get_dataset
+from datasets import class_changes, collate, get_dataset
+from datasets.clips import class_folders
+from datasets.joint import WithStills
 from diffusion import Diffusion, make_diffusion
 from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, vae_file
@@ -100,6 +104,15 @@ def file_checks(cfg: TrainConfig, run: Path | None) -> list[Callable[[], object]
 def needs_vae(cfg: TrainConfig) -> bool:
     """Whether the training encodes or decodes videos."""
     return bool(not cfg.latents_path or cfg.preview_every or cfg.validation_every)
+
+
+def check_same_clips(dataset: Dataset) -> None:
+    """Raises UserError if this process found other clips, or other labels, than the first one."""
+    clips = dataset.clips if isinstance(dataset, WithStills) else dataset
+    names = "\0".join(f"{path.name}/{label}" for path, label in zip(clips.paths, clips.labels, strict=True))
+    mine = len(clips), hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+    if (first := tuple(broadcast_object_list([mine])[0])) != mine:
+        raise UserError(f"data_path: the {mine[0]} clips here are not the {first[0]} clips that process 0 finds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,10 +265,13 @@ def ignore_signals(worker: int) -> None:
 
 
 def validation_set(cfg: TrainConfig) -> Dataset:
-    """The clips of `validation_path` as pixels, without stills."""
+    """The clips of `validation_path` as pixels, without stills; UserError if its classes are not those of training."""
     path = str(require_path(cfg, "validation_path"))
-    dataset = cfg.dataset.removesuffix("_img")
-    return get_dataset(replace(cfg, dataset=dataset, data_path=path, latents_path=None, use_image_num=0))
+    name, root = cfg.dataset.removesuffix("_img"), Path(cfg.latents_path or cfg.data_path or "")
+    dataset = get_dataset(replace(cfg, dataset=name, data_path=path, latents_path=None, use_image_num=0))
+    if dataset.classes and root.is_dir() and (changes := class_changes(class_folders(root), dataset.classes)):
+        raise UserError(f"validation_path: {path} has other classes than {root}: {changes}")
+    return dataset
 
 
 def validation_batch(
