@@ -11,7 +11,7 @@ from configs import ROOT, load_config
 from tools.metrics.clips import VideoFiles
 from tools.metrics.efficientnet import load_proxy
 from tools.metrics.options import EvaluateConfig
-from tools.metrics.scores import bootstrap_distances, frechet_distance, inception_score, kernel_distance
+from tools.metrics.scores import frechet_distance, inception_score, kernel_distance
 
 
 def exact(mean: Tensor, root: Tensor, rows: int) -> Tensor:
@@ -57,27 +57,6 @@ def test_frechet_distance_of_a_set_to_itself_is_0():
     assert abs(frechet_distance(a, a)) < 1e-9
 
 
-def test_bootstrap_estimates_the_spread_and_the_bias_of_the_distance():
-    """Held against 400 independent sets of fakes, whose mean lies above the distance of infinitely many."""
-    real, num_fakes, shape = torch.randn(500, 1, 4), 60, torch.tensor([1.5, 1, 1, 0.5])
-    sets = torch.randn(400, num_fakes, 1, 4) * shape + 0.3
-    many = frechet_distance(real[:, 0], torch.randn(200_000, 4) * shape + 0.3)
-    values = torch.tensor([frechet_distance(real[:, 0], fake[:, 0]) for fake in sets])
-    draws = torch.stack([bootstrap_distances(real, fake, 50, seed=0) for fake in sets[:40]])
-    assert draws.std(1).mean().item() == pytest.approx(values.std().item(), rel=0.2)
-    bias = (draws.mean(1) - values[:40]).mean().item()
-    assert bias == pytest.approx((values.mean() - many).item(), rel=0.35) and bias > 0.02
-    assert torch.equal(draws[0], bootstrap_distances(real, sets[0], 50, seed=0))
-    assert not torch.equal(draws[0], bootstrap_distances(real, sets[0], 50, seed=1))
-
-
-def test_bootstrap_draws_clips_and_not_their_frames():
-    """Frames of a clip that are all alike add nothing: the draws have the spread of one frame a clip."""
-    real, fake = torch.randn(100, 1, 3), torch.randn(50, 1, 3)
-    alone, repeated = (bootstrap_distances(real, f, 200, seed=0) for f in (fake, fake.expand(-1, 16, -1)))
-    assert repeated.std().item() == pytest.approx(alone.std().item(), rel=0.1)
-
-
 def unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """Gretton et al. 2012, eq. 3, pair by pair, with KID's kernel (x y / D + 1)^3."""
 
@@ -112,6 +91,7 @@ def test_inception_score_is_salimans():
     result = inception_score(p, seed=5)
     assert result["value"] == pytest.approx(np.mean(scores), rel=1e-9)
     assert result["std"] == pytest.approx(np.std(scores, ddof=1), rel=1e-9)
+    assert result["splits"] == 9  # of at most 6 rows
     one_hot = torch.eye(5).repeat(2000, 1)
     assert inception_score(one_hot, seed=0)["value"] == pytest.approx(5, rel=0.01)
     assert inception_score(one_hot[:1].expand(100, -1), seed=0)["value"] == pytest.approx(1)

@@ -110,7 +110,7 @@ def arguments(tmp_path: Path, data: Path, *more: str, suffix: str = "") -> list[
     values = {
         "metrics": "proxy", "real_path": data / f"real{suffix}", "fake_path": data / f"fake{suffix}",
         "output": tmp_path / "out.json", "feature_path": tmp_path / "features", "image_size": SIZE,
-        "num_frames": FRAMES, "real_stride": 2, "num_fake": 9, "num_workers": 0, "batch_size": 4, "bootstrap": 20,
+        "num_frames": FRAMES, "real_stride": 2, "num_fake": 9, "num_workers": 0, "batch_size": 4, "jackknife": 20,
     }  # fmt: skip
     return [*(f"{key}={value}" for key, value in values.items()), *more]
 
@@ -301,7 +301,7 @@ def test_kept_features_are_those_of_the_same_files_and_protocol(run, data, tmp_p
     folder = tmp_path / "real"
     shutil.copytree(data / "real", folder)
     first = run(f"real_path={folder}")
-    assert run(f"real_path={folder}", "bootstrap=0")["real"]["from_cache"]
+    assert run(f"real_path={folder}", "jackknife=0")["real"]["from_cache"]
     for change in ("seed=1", "real_stride=1", "resize_filter=bicubic", "image_size=48", "num_real=8"):
         assert "from_cache" not in run(f"real_path={folder}", change)["real"], change
     os.utime(next(folder.rglob("*.mp4")), (0, 0))
@@ -353,7 +353,7 @@ def test_detectors_are_fetched_checked_and_kept(run, networks, tmp_path, monkeyp
     sha256 = hashlib.sha256(networks["i3d"].read_bytes()).hexdigest()
     url = f"http://127.0.0.1:{server.server_port}/i3d.pt?dl=1"
     monkeypatch.setitem(detectors.DETECTORS, "i3d", detectors.Detector(url, sha256))
-    options, kept = ["metrics=fvd", "bootstrap=0", f"detector_path={tmp_path}/kept"], tmp_path / "kept/i3d.pt"
+    options, kept = ["metrics=fvd", "jackknife=0", f"detector_path={tmp_path}/kept"], tmp_path / "kept/i3d.pt"
     record = run(*options)
     assert record["detectors"]["i3d"] == {"path": str(kept), "sha256": sha256, "published": True}
     server.shutdown()
@@ -419,7 +419,7 @@ def test_a_wrong_detector_is_one_line(run, networks, tmp_path, name, content, me
         (["batch_size=0"], "batch_size: 0 is less than 1"),
         (["num_workers=-1"], "num_workers: -1 is less than 0"),
         (["image_size=0"], "image_size: 0 is less than 1"),
-        (["bootstrap=-1"], "bootstrap: -1 is less than 0"),
+        (["jackknife=-1"], "jackknife: -1 is less than 0"),
         (["output={tmp_path}"], "is a folder, where a file is to be written"),
         (["feature_path={tiny}/features"], "sample.yaml is a file, where a folder is to be written"),
         (["fake_stirde=2"], "did you mean fake_stride?"),

@@ -26,7 +26,7 @@ from tools.metrics.cells import Cell, Task
 from tools.metrics.options import MeasureConfig
 from tools.metrics.pairs import aggregate, compare, distance_to_others, load_lpips, lpips_weights
 from tools.metrics.scores import frechet_distance
-from tools.metrics.statistics import mean_and_margin
+from tools.metrics.statistics import interval_text, mean_and_margin, ratio_interval
 
 CPU = torch.device("cpu")
 
@@ -224,6 +224,25 @@ def test_record_and_table(measured):
     assert float(mean) == pytest.approx(n2["twin"]["relative_l1"]["mean"], abs=1e-4) and float(margin) > 0
 
 
+def test_plans_are_compared_with_their_controls_clip_by_clip(measured):
+    """The paired interval of each metric; and of the distance to real clips to that of the uncached ones."""
+    rows = {row["run"]: row for row in strict_json(measured / "fidelity.json")["rows"]}
+    uncached, n2, control = (rows[name] for name in ("uncached", "N2", "control of N2"))
+    ours, theirs = (row["twin"] for row in (n2, control))
+    assert n2["control"] == control["name"] and control["control"] is None and not control["twin_control"]
+    expected = ratio_interval(ours["relative_l1"]["each"], theirs["relative_l1"]["each"])
+    assert n2["twin_control"]["relative_l1"] == pytest.approx(expected)
+    differences = [a - b for a, b in zip(ours["psnr"]["each"], theirs["psnr"]["each"], strict=True)]
+    assert n2["twin_control"]["psnr"]["value"] == pytest.approx(sum(differences) / 6)
+    change = n2["proxy_real_change"]
+    assert change["value"] == pytest.approx(n2["proxy_real"] - uncached["proxy_real"], rel=1e-6)
+    assert change["low"] < change["value"] < change["high"] and 0 < change["p"] <= 1
+    assert uncached["proxy_real_change"] is None
+    line = read_markdown((measured / "fidelity.md").read_text())[1]
+    assert line["PSNR − control's"].startswith(f"{sum(differences) / 6:.2f} (")
+    assert line["relative L1 / control's"] == interval_text(expected, 2, 1)
+
+
 def test_metrics_are_those_of_the_pipeline(tiny, measured):
     """The metrics of one clip, from videos generated here."""
     cfg = resolve(load_config(fidelity.FidelityConfig, tiny), CPU)
@@ -394,7 +413,7 @@ def test_real_clips_that_are_too_short_are_counted(tiny, real, tmp_path, monkeyp
 def test_distance_to_real_clips_is_that_of_the_evaluation(tiny, real, measured, tmp_path, monkeypatch):
     """There is one proxy: both round the samples to bytes. A distance of six clips magnifies the last digits."""
     argv = ["metrics=proxy", f"real_path={real}", "real_stride=2", f"generate={tiny}", "num_fake=6", "image_size=32"]
-    argv += ["num_frames=4", "sample.seed=100", "bootstrap=0", "feature_path=null", f"output={tmp_path}/evaluate.json"]
+    argv += ["num_frames=4", "sample.seed=100", "jackknife=0", "feature_path=null", f"output={tmp_path}/evaluate.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
     evaluate.main()
     expected = strict_json(tmp_path / "evaluate.json")["metrics"]["proxy"]["value"]

@@ -17,7 +17,7 @@ REFUSED = [
     (EvaluateConfig, "real_stride=0", "real_stride: 0 is less than 1"),
     (EvaluateConfig, "fake_stride=0", "fake_stride: 0 is less than 1"),
     (EvaluateConfig, "image_size=0", "image_size: 0 is less than 1"),
-    (EvaluateConfig, "bootstrap=-1", "bootstrap: -1 is less than 0"),
+    (EvaluateConfig, "jackknife=-1", "jackknife: -1 is less than 0"),
     (EvaluateConfig, "batch_size=0", "batch_size: 0 is less than 1"),
     (EvaluateConfig, "num_workers=-1", "num_workers: -1 is less than 0"),
     (EvaluateConfig, "max_bad_fraction=1.5", "max_bad_fraction: 1.5 is outside 0 ... 1"),
@@ -55,7 +55,7 @@ def test_a_value_outside_its_limits_or_choices_is_one_line(schema, change, messa
 
 
 ALLOWED = [
-    (EvaluateConfig, {"num_real": 2, "num_fake": 2, "num_frames": 2, "bootstrap": 0, "num_workers": 0}),
+    (EvaluateConfig, {"num_real": 2, "num_fake": 2, "num_frames": 2, "jackknife": 0, "num_workers": 0}),
     (EvaluateConfig, {"real_stride": 1, "fake_stride": 1, "image_size": 1, "batch_size": 1, "max_bad_fraction": 0}),
     (EvaluateConfig, {"max_bad_fraction": 1, "resize_filter": "lanczos", "video_reader": "decord"}),
     (MeasureConfig, {"num_clips": 4, "real_stride": 1, "labels": "random"}),

@@ -344,7 +344,7 @@ def test_ratios_are_paired_and_their_interval_is_students():
     found = ratio_interval(values, controls)
     logs = np.log([0.5, 0.5, 2.0])
     margin = 4.302652729911275 * logs.std(ddof=1) / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
-    assert found["ratio"] == pytest.approx(math.exp(logs.mean()))
+    assert found["value"] == pytest.approx(math.exp(logs.mean()))
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.exp(logs.mean() + np.array([-margin, margin]))))
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4) and geometric_mean([0.0, 8.0]) == 0
 

@@ -14,6 +14,7 @@ from sample.media import save_video
 from tools import sweep
 from tools.metrics import cells as engine
 from tools.metrics.cells import Cell, Task
+from tools.metrics.statistics import ratio_interval
 from tools.sweep import SweepConfig, make_grid, pareto
 
 N2 = CacheOptions(interval=2)
@@ -79,7 +80,7 @@ def test_grid_has_each_cell_once_and_what_others_need_first():
     cells = [task.cell for task in tasks]
     assert len(cells) == len(set(cells)) == 2 * 2 * 2
     assert tasks[0].cell == Cell("ddim", 8, 2.0)
-    for place, (cell, twin, reference) in enumerate(tasks):
+    for place, (cell, twin, reference, _) in enumerate(tasks):
         assert twin == Cell(cell.method, cell.steps, cell.guidance) and reference == Cell("ddim", 8, 2.0)
         assert {twin, reference} <= set(cells[: place + 1])
 
@@ -139,10 +140,23 @@ def test_cells_are_held_against_twin_and_reference(swept):
     assert error[6] < error[4]
 
 
+def test_cached_cells_have_the_uncached_one_of_nearest_cost_as_control(swept):
+    """Of their solver; both are held against the reference, clip by clip. DDPM pairs with nothing."""
+    rows = {row["name"]: row for row in json.loads((swept / "sweep.json").read_text())["rows"]}
+    row, control = rows["ddim-6-g2.5-N2"], rows["ddim-4-g2.5-uncached"]
+    assert row["control"] == control["name"] and rows["unipc-8-g2.5-uncached"]["control"] is None
+    expected = ratio_interval(*(each["reference"]["relative_l1"]["each"] for each in (row, control)))
+    assert row["reference_control"]["relative_l1"] == expected and not rows["ddpm-6-g2.5-N2"]["reference_control"]
+    with (swept / "sweep.csv").open(newline="") as file:
+        line = next(line for line in csv.DictReader(file) if line["name"] == row["name"])
+    assert float(line["reference_relative_l1_control_high"]) == expected["high"]
+    assert "relative L1 / control's, reference" in (swept / "sweep.md").read_text()
+
+
 def test_plots_are_drawn(swept):
-    for name in ("pareto_fidelity.png", "pareto_proxy.png"):
+    for name in ("pareto_fidelity.png", "pareto_proxy.png", "paired.png"):
         with Image.open(swept / name) as image:
-            assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+            assert image.width > 900 and len(image.convert("RGB").getcolors(1 << 20)) > 50
 
 
 def test_neither_order_nor_size_of_the_grid_changes_scores(tiny, swept, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ from sample.folder import clip_settings, make_record
 from sample.pipeline import Pipeline, load, resolve
 from sample.plans import UNCACHED, describe_run, make_plan
 from sample.recipes import fingerprint, save_recipe
+from tools.metrics.statistics import interval_text
 from tools.recipes.candidates import (
     ORDERS,
     SOLVERS,
@@ -173,7 +174,6 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
     for budget, table in tables.items():
         lines = []
         for row in table:
-            ratio = row["ratio"]
             cells = {
                 "sampler": f"**{row['sampler']}**" if row["chosen"] else row["sampler"],
                 "MACs": f"{row['share']:.1%}",
@@ -182,12 +182,8 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
                 "geometric mean": f"{row['l2_geometric']:.4f}",
                 "relative L1": f"{row['l1']:.4f}",
                 "PSNR, dB": f"{row['psnr']:.1f}",
-                "ratio to the best plain solver": "",
+                "ratio to the best plain solver": interval_text(row["ratio"], digits=2, equal=1),
             }
-            if ratio:
-                unresolved = ", not resolved" if ratio["low"] < 1 < ratio["high"] else ""
-                interval = f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){unresolved}"
-                cells["ratio to the best plain solver"] = interval
             lines.append(cells)
         parts.append(f"## {percent(budget)} % of the reference's MACs\n\n{markdown_table(lines)}")
     seeds, first = calibration.held_out, calibration.calibration

@@ -19,9 +19,10 @@ reading fake_path: pixels are rounded to 8 bits as for a file, so only the compr
 The seed and the names of the clips settle which clips are used (if there are more than asked for) and where their
 windows begin. Folders, the order of a listing and the number of processes change nothing.
 
-Fewer clips give a higher Fréchet distance. Its 95 % interval comes from draws of the fakes with replacement: it is the
-spread of their distances, centred on the score. Its bias says how far the mean of these draws lies above the score. The
-score lies about as far above the score of infinitely many fakes. Compare scores of equal numbers of clips.
+Fewer clips give a higher Fréchet distance. Its 95 % interval is that of the mean distance of so many fakes, the real
+set being fixed. It comes from a jackknife that leaves out groups of clips: frames of one clip are not independent.
+"Infinite" is the distance extrapolated to infinitely many fakes, along 1/N as in FD-infinity (arXiv:1911.07023). It
+needs three fakes a feature; with fewer, the distance is marked instead.
 """
 
 import sys
@@ -48,8 +49,9 @@ from sample.plans import describe_run
 from tools.metrics.clips import SampledClips, VideoFiles
 from tools.metrics.detectors import DETECTORS, OUTPUTS, find_detector, load_output
 from tools.metrics.features import Features, extract, real_features
-from tools.metrics.scores import ONE_SIDED, score
+from tools.metrics.scores import NEAR, ONE_SIDED, score
 
+DISTANCES = ("fvd", "fid", "proxy")
 PROTOCOL = {  # of published numbers; stride 6 is Taichi's
     "num_real": [2048], "num_fake": [2048], "num_frames": [16], "real_stride": [3, 6], "fake_stride": [1],
     "image_size": [256],
@@ -95,7 +97,7 @@ def evaluate(
     for metric in metrics:
         of_both = None if metric in ONE_SIDED else of_real.rows[METRICS[metric]].to(env.device)
         of_fakes = of_fake.rows[METRICS[metric]].to(env.device)
-        record["metrics"][metric] = score(metric, of_both, of_fakes, cfg.bootstrap, cfg.seed)
+        record["metrics"][metric] = score(metric, of_both, of_fakes, cfg.jackknife, cfg.seed)
     record["warnings"] = find_caveats(record, cfg)
     return record | {"config": asdict(cfg), "machine": describe_machine(env.device)}
 
@@ -107,8 +109,11 @@ def find_caveats(record: dict[str, Any], cfg: EvaluateConfig) -> list[str]:
         few, width = min(row["fake_rows"], row.get("real_rows", row["fake_rows"])), row["width"]
         if metric in ONE_SIDED and few < row["splits"] * width:
             lines.append(f"{metric}: {few} rows in {row['splits']} splits for {width} classes; the score is too low")
-        elif metric in ("fvd", "fid", "proxy") and few <= width:
+        elif metric in DISTANCES and few <= width:
             lines.append(f"{metric}: {few} rows for {width} features: a covariance is singular, the score too high")
+        elif metric in DISTANCES and "infinite" not in row and "interval" in row:
+            clips = record["fake"]["clips"]
+            lines.append(f"{metric}: {clips} clips for {width} features, fewer than {NEAR} each: the score is too high")
     if record["metrics"].keys() - {"proxy"}:
         changed = {key: valid for key, valid in PROTOCOL.items() if getattr(cfg, key) not in valid}
         if changed:
@@ -135,9 +140,10 @@ def report(record: dict[str, Any], cfg: EvaluateConfig) -> str:
     for metric, row in record["metrics"].items():
         line = f"{metric:9} {row['value']:10.4f}"
         if "interval" in row:
-            low, high = row["interval"]
-            line += f"   95 % {low:.4f} ... {high:.4f}, bias about {row['bias']:.4f}"
-        elif "std" in row:
+            line += "   95 % {:.4f} ... {:.4f}".format(*row["interval"])
+        if "infinite" in row:
+            line += "; infinite {:.4f}, {:.4f} ... {:.4f}".format(row["infinite"], *row["infinite_interval"])
+        if "std" in row:
             line += f" ± {row['std']:.4f}"
         lines.append(line)
     if real := record["real"]:

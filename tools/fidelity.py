@@ -10,7 +10,7 @@ A clip's twin has its seed and label and is sampled uncached. Clips are compared
 (tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and the error of
 motion, which is that of frame differences. fidelity=teacache adds PSNR, SSIM and LPIPS of mp4 files as means over
 frames, which is how papers on caches report them. Each plan has a control: the uncached sampler with as many steps as
-cost the plan's MACs.
+cost the plan's MACs. Table and record have the paired difference or ratio of each plan to its control, with intervals.
 
 Some solvers draw no noise after the first step (ddim with eta=0, dpmsolver++, unipc). They lead a seed to nearly the
 same clip in fewer steps, so controls pair with the twins. Other solvers draw noise at every step (ddpm), and draw other
@@ -64,13 +64,16 @@ def main() -> None:
             raise UserError("uncached clips are their own twins: give plans with cached steps, as in --cache N2 N4")
         plan_of = planner(cfg, env.device)
         runs = {twin.plan: twin}  # the name of a row -> its cell
+        controls = {}
         for cell in cells:
             runs[cell.plan] = cell
             share = plan_of(cell).macs / plan_of(twin).macs
             control = Cell(twin.method, round(twin.steps * share), twin.guidance)
-            if cfg.controls and control not in runs.values():  # plans that cost the same share one
-                runs[f"control of {cell.plan}"] = control
-        tasks = [Task(cell, twin) for cell in dict.fromkeys(runs.values())]
+            if cfg.controls and control != twin:
+                controls[cell] = control
+                if control not in runs.values():  # plans that cost the same share one
+                    runs[f"control of {cell.plan}"] = control
+        tasks = [Task(cell, twin, control=controls.get(cell)) for cell in dict.fromkeys(runs.values())]
         rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
         rows = [{"run": name, **rows[cell]} for name, cell in runs.items()]

@@ -9,12 +9,14 @@ Each cell of the grid is compared with the uncached run of its own solver, steps
 With `real_path`, it is compared with real clips by a proxy distance. tools/fidelity.py explains the metrics, and which
 clips pair.
 
-The program writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png and, with real clips,
-pareto_proxy.png; clips/ grows during the run. The same command again measures only what is missing, and a larger grid
+The program writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png, with `reference` paired.png (the
+paired ratio of each plan's error to that of the uncached run of nearest cost) and, with real clips, pareto_proxy.png;
+clips/ grows during the run. The same command again measures only what is missing, and a larger grid
 only what it adds.
 """
 
 import csv
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ from configs.files import write_text
 from configs.tables import markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
+from sample.plans import UNCACHED, Plan, plan_name
 from tools.common.plots import new_figure, save_figure
 from tools.metrics.cells import Cell, Task, columns, notes, planner, run_cells, write_record
 
@@ -75,6 +78,18 @@ def make_grid(cfg: SweepConfig) -> list[Task]:
     return list({task.cell: task for task in tasks}.values())
 
 
+def with_controls(tasks: list[Task], plan_of: Callable[[Cell], Plan]) -> list[Task]:
+    """The tasks, in which each cached cell has a control: the uncached one of its solver with the nearest cost."""
+
+    def control(task: Task) -> Cell | None:
+        cell, others = task.cell, [other for other, *_ in tasks if other.plan == plan_name(UNCACHED)]
+        alike = [other for other in others if (other.method, other.guidance) == (cell.method, cell.guidance)]
+        macs = plan_of(cell).macs
+        return min(alike, key=lambda other: abs(math.log(plan_of(other).macs / macs)))
+
+    return [task if task.cell == task.twin else task._replace(control=control(task)) for task in tasks]
+
+
 def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
     """The uncached cell that all others of this guidance are compared with; None without `reference`."""
     if cfg.reference is None:
@@ -86,13 +101,18 @@ def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """CSV with a line for each row. {role}_{metric} is the mean over clips, {role}_{metric}_margin its margin."""
+    """CSV with a line for each row. {role}_{metric} is the mean over clips, {role}_{metric}_margin its margin.
+
+    {role}_{metric}_control_{value,low,high} is the paired difference or ratio to the row's control, and its interval.
+    """
     lines = []
     for row in rows:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
         for role in ("twin", "reference"):
             for metric, summary in row[role].items():
                 line |= {f"{role}_{metric}": summary["mean"], f"{role}_{metric}_margin": summary["margin"]}
+            for metric, interval in row[f"{role}_control"].items():
+                line |= {f"{role}_{metric}_control_{key}": value for key, value in interval.items()}
         lines.append(line)
     text = StringIO(newline="")
     writer = csv.DictWriter(text, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
@@ -133,6 +153,11 @@ def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
         label, comparable = "relative L1 of latents to the uncached run of each series", series
     if fidelity:
         draw(folder / "pareto_fidelity.png", fidelity, label, comparable, colours)
+    paired = [(row, row["reference_control"]["relative_l1"]) for row in rows if row["reference_control"]]
+    if paired:
+        draw_paired(
+            folder / "paired.png", paired, f"relative L1 to uncached {cfg.reference}, over the control's", colours
+        )
     if cfg.real_path:
         label = f"proxy distance of {cfg.num_clips} clips to real clips (no FVD)"
         points = [(row, row["proxy_real"]) for row in rows]
@@ -178,6 +203,23 @@ def draw(
     save_figure(path, figure)
 
 
+def draw_paired(
+    path: Path, points: Sequence[tuple[Row, dict[str, float]]], label: str, colours: dict[Series, str]
+) -> None:
+    """Draws the paired ratio of each row to its control with its interval; 1 is as good as the control."""
+    figure, ((axes,),) = new_figure(size=(9, 1.2 + 0.3 * len(points)))
+    for y, (row, interval) in enumerate(points):
+        left, right = interval["value"] - interval["low"], interval["high"] - interval["value"]
+        axes.errorbar(interval["value"], y, xerr=[[left], [right]], fmt="o", color=colours[series(row)], capsize=3)
+    axes.axvline(1, color="0.6", zorder=0)
+    axes.set_yticks(range(len(points)), [f"{row['name']}  against {row['control']}" for row, _ in points], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.invert_yaxis()
+    figure.suptitle("Paired over clips, with 95 % intervals; an interval that holds 1 resolves nothing", fontsize=10)
+    save_figure(path, figure)
+
+
 def scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
     """Makes the axis logarithmic if the largest value is more than 5 times the least."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -212,14 +254,19 @@ def main() -> None:
     args = parser.parse_args()
     with distributed() as env:
         cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
-        tasks = make_grid(cfg)
-        rows, real = run_cells(cfg, tasks, planner(cfg, env.device), args.dry_run, env)
+        plan_of = planner(cfg, env.device)
+        tasks = with_controls(make_grid(cfg), plan_of)
+        rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
         rows, folder = list(rows.values()), Path(cfg.output)
         keys = ("method", "steps", "guidance", "plan")
         table = markdown_table([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
         text = f"{table}\n\n{notes(cfg, tasks, rows, real)}\n"
-        text += f"- Reference: uncached {cfg.reference} with the row's guidance.\n" if cfg.reference else ""
+        if cfg.reference:
+            text += (
+                f"- Reference: uncached {cfg.reference} with the row's guidance. Control: the uncached run in the grid "
+            )
+            text += "with the same solver and guidance and the nearest MACs.\n"
         write_text(folder / "sweep.md", text)
         write_text(folder / "sweep.csv", to_csv(rows))
         write_record(folder / "sweep.json", cfg, rows, real, env)

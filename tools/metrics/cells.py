@@ -40,11 +40,11 @@ from tools.metrics.detectors import find_detector, load_output
 from tools.metrics.features import Features, extract
 from tools.metrics.options import ClipOptions, MeasureConfig
 from tools.metrics.pairs import PAIR_METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
-from tools.metrics.scores import distance_spread, frechet_distance
-from tools.metrics.statistics import plus_minus
+from tools.metrics.scores import change_of_distance, distance_to_real
+from tools.metrics.statistics import GROUPS, difference_interval, interval_text, plus_minus, ratio_interval
 
-BOOTSTRAP = 200  # draws behind the interval of a distance to real clips
 WARM_UP_STEPS = 4
+RATIOS = ("relative_l1", "lpips", "motion_error", "mp4_lpips")  # errors, of which ratios are told
 VERSION = 2  # of measurements; raise it when the code measures other values of the same clips
 
 
@@ -94,6 +94,7 @@ class Task(NamedTuple):
     cell: Cell
     twin: Cell  # uncached; also the measure of speed
     reference: Cell | None = None
+    control: Cell | None = None  # another way to sample, whose metrics against the same clips are the measure of these
 
     def pairs(self, eta: float) -> dict[str, Cell]:
         """The other cells whose clips pair with this cell's, by role.
@@ -342,8 +343,8 @@ def summarize(
         machine = next(name for name, _ in common if name in seconds[cell])
         ours, theirs = seconds[cell][machine], seconds[task.twin].get(machine, {})
         both = [theirs[batch] / ours[batch] for batch in ours if batch in theirs]
-        proxy_real = None if real is None else frechet_distance(features[cell], real[:, 0])
-        spread = {} if real is None else distance_spread(real, features[cell][:, None], proxy_real, BOOTSTRAP, seed=0)
+        to_real = {} if real is None else distance_to_real(real, features[cell][:, None], GROUPS)
+        pairs = {role: other.name for role, other in task.pairs(cfg.eta).items()}
         rows[cell] = {
             "name": cell.name,
             "method": cell.method,
@@ -358,15 +359,30 @@ def summarize(
             "seconds": statistics.median(ours[batch] / len(batch) for batch in ours),  # of a clip
             "speedup": statistics.median(both) if both else None,  # over the twin, of batches of the same seeds
             "proxy_others": distance_to_others(features[cell], features[task.twin]) if enough else None,
-            "proxy_real": proxy_real,
-            "proxy_real_interval": spread.get("interval"),
+            "proxy_real": to_real.get("value"),
+            "proxy_real_interval": to_real.get("interval"),
+            "proxy_real_change": None,  # against the twins
+            "control": task.control and task.control.name,
         }
+        if real is not None and "twin" in pairs:
+            rows[cell]["proxy_real_change"] = change_of_distance(real[:, 0], features[cell], features[task.twin])
+        theirs = measured[task.control.name].pairs if task.control else {}
         for role in ("twin", "reference"):  # metric -> summary; empty without that cell, or if clips do not pair
-            other = task.pairs(cfg.eta).get(role)
-            clips = [own.pairs[other.name][seed] for seed in seeds] if other else []
+            clips = [own.pairs[pairs[role]][seed] for seed in seeds] if role in pairs else []
             metrics = [metric for metric in PAIR_METRICS if clips and metric in clips[0]]
             rows[cell][role] = {metric: aggregate([clip[metric] for clip in clips], classes) for metric in metrics}
+            same = [theirs.get(pairs.get(role), {}).get(seed) for seed in seeds]  # of the control, against the same
+            paired = {metric: against(metric, clips, same) for metric in metrics if None not in same}
+            rows[cell][f"{role}_control"] = {metric: interval for metric, interval in paired.items() if interval}
     return rows
+
+
+def against(metric: str, clips: list[dict[str, float]], controls: list[dict[str, float]]) -> dict[str, float] | None:
+    """The paired interval of a metric: of ratios of errors, of differences else. None where an error is 0."""
+    values = [[clip[metric] for clip in each] for each in (clips, controls)]
+    if metric not in RATIOS:
+        return difference_interval(*values)
+    return ratio_interval(*values) if min(map(min, values)) > 0 else None
 
 
 def seconds_by_machine(measured: Measured, seeds: Sequence[int]) -> dict[str, dict[tuple[int, ...], float]]:
@@ -396,10 +412,17 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     for metric in ("relative_l1", "psnr"):
         title, digits = PAIR_METRICS[metric]
         cells[f"{title}, reference"] = plus_minus(row["reference"].get(metric), digits)
+        for role in ("twin", "reference"):
+            sign, equal = ("/", 1) if metric in RATIOS else ("−", 0)
+            name = f"{title.partition(',')[0]} {sign} control's" + ", reference" * (role == "reference")
+            cells[name] = interval_text(row[f"{role}_control"].get(metric), 2, equal)
     for key, title in (("proxy_others", "proxy, other seeds"), ("proxy_real", "proxy, real")):
         cells[title] = "" if row[key] is None else f"{row[key]:.4g}"
     if row["proxy_real_interval"]:
         cells["proxy, real"] += " ({:.3g} ... {:.3g})".format(*row["proxy_real_interval"])
+    if row["proxy_real_change"]:
+        cells["proxy, real − uncached"] = interval_text(row["proxy_real_change"], 1, equal=0)
+        cells["p"] = f"{row['proxy_real_change']['p']:.2g}"
     return cells
 
 
@@ -423,19 +446,24 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
         about_real = f"Real: to {real['clips']} clips of {real['videos']} videos in {real['path']}, stride "
         about_real += f"{real['stride']}" + f", {real['too_short']} too short" * bool(real["too_short"])
         about_real += f", broken: {summary(real['broken'])}" if real["broken"] else ""
-        about_real += "; in brackets, the 95 % interval over draws of the sampled clips"
+        about_real += (
+            "; in brackets, the 95 % interval over sampled clips (jackknife). Minus uncached: "
+            "the paired difference to the row uncached; p is that of a permutation test, which swaps clips of a seed"
+        )
     lines = [
         f"{len(seeds)} clips a row, seeds {seeds[0]} ... {seeds[-1]}, labels {cfg.labels}. train.py draws from hashed "
         "63-bit seeds: no training has seen this noise.",
         "Metrics are against the uncached clip of the same seed: means over clips, ± half of the 95 % interval "
-        "(Student's t, clips taken as independent draws).",
+        "(Student's t, clips taken as independent draws). Two rows have the same seeds, so these intervals do not "
+        "compare them. The columns with a control do: they show the mean of the clips' differences, or the geometric "
+        "mean of the ratios of their errors, with its interval. Not resolved: the interval holds both answers.",
         "Proxy: Fréchet distance of 80 EfficientNet features, no FVD. It compares at one number of clips only. Other "
         "seeds: to the uncached clips of the other half of the seeds; the row uncached shows how far equals are. "
         f"{about_real}.",
         "Seconds: median over batches, sampling alone. Speed-up: median over batches, each beside its twin, on one "
         f"machine with one setting. {'; '.join(where)}.",
     ]
-    if any(set(task[1:]) - {None, task.cell, *task.pairs(cfg.eta).values()} for task in tasks):
+    if any({task.twin, task.reference} - {None, task.cell, *task.pairs(cfg.eta).values()} for task in tasks):
         lines.append(
             "A sampler that draws noise at every step draws other noise in other steps. Its clips pair only with its "
             "own twins; against others they have no metrics. Proxy distances compare sets that share no noise."

@@ -42,7 +42,7 @@ class EvaluateConfig(ClipOptions):
     sample: dict[str, Any] = option(dict, "changes to those options, as sample.cache.interval=2")
     num_fake: int = option(2048, "the largest number of sampled clips", least=2)
     fake_stride: int = option(1, "frames from one to the next of a sampled clip", least=1)
-    bootstrap: int = option(200, "draws behind an interval; 0: no interval", least=0)
+    jackknife: int = option(20, "groups of clips left out in turn for an interval; 0: no interval", least=0)
     output: str = option("results/evaluate.json", "the record to write", path=True)
     i3d: str | None = option(None, "the I3D's file; empty: the published one", path=True)
     inception: str | None = option(None, "the Inception's file; empty: the published one", path=True)

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tools.metrics.statistics import jackknife, positive_interval, swap_test
+
 ONE_SIDED = ("is", "video_is")  # metrics of the fakes alone
+NEAR = 3  # clips a feature, below which a Fréchet distance is marked
 
 
-def score(metric: str, real: Tensor | None, fake: Tensor, bootstrap: int, seed: int) -> dict[str, Any]:
+def score(metric: str, real: Tensor | None, fake: Tensor, groups: int, seed: int) -> dict[str, Any]:
     """A metric of features real (M, n, D) and fake (N, n, D): its value, its spread, and the sizes of both sets.
 
     Args:
         real: not used by the metrics in `ONE_SIDED`.
-        bootstrap: draws behind the interval of a Fréchet distance; 0: no interval.
+        groups: of clips that are left out in turn for the interval of a Fréchet distance; 0: no interval.
     """
     facts = {"fake_rows": fake.shape[0] * fake.shape[1], "width": fake.shape[2]}
     if metric in ONE_SIDED:
@@ -25,9 +28,52 @@ def score(metric: str, real: Tensor | None, fake: Tensor, bootstrap: int, seed: 
     facts["real_rows"] = real.shape[0] * real.shape[1]
     if metric == "kid":
         return kernel_distance(real.flatten(0, 1), fake.flatten(0, 1), seed) | facts
-    value = frechet_distance(real.flatten(0, 1), fake.flatten(0, 1))
-    spread = distance_spread(real, fake, value, bootstrap, seed) if bootstrap else {}
-    return {"value": value, **spread, **facts}
+    return distance_to_real(real, fake, groups, seed) | facts
+
+
+def distance_to_real(real: Tensor, fake: Tensor, groups: int, seed: int = 0) -> dict[str, Any]:
+    """The Fréchet distance of fake (N, n, D) to real (M, n, D), with its interval over fakes; the real set is fixed.
+
+    Rows of one clip are not independent: whole clips are left out.
+
+    Args:
+        groups: see `statistics.jackknife`; 0: the value alone.
+
+    Returns:
+        value, and with groups
+        interval: 95 % of the mean distance of N fakes.
+        infinite, infinite_interval: the same for infinitely many fakes; None with fewer than NEAR x D fakes, where the
+            distance is no line over 1/N.
+    """
+    moments = _moments(real.flatten(0, 1))
+    if not groups:
+        return {"value": _distance(moments, _moments(fake.flatten(0, 1)))}
+
+    def distance(clips: Tensor) -> float:
+        return _distance(moments, _moments(fake[clips.to(fake.device)].flatten(0, 1)))
+
+    value, margin, bias = jackknife(distance, len(fake), groups, seed)
+    few = len(fake) < NEAR * fake.shape[2]
+    infinite = {} if few else {"infinite": value - bias, "infinite_interval": positive_interval(value - bias, margin)}
+    return {"value": value, "interval": positive_interval(value, margin), **infinite}
+
+
+def change_of_distance(real: Tensor, fake: Tensor, twin: Tensor, seed: int = 0) -> dict[str, float]:
+    """How much farther fake (N, D) is from real (M, D) than its twins (N, D) of the same seeds are: Fréchet distances.
+
+    Returns:
+        value, low, high: the difference and its interval; p: that of `swap_test`.
+    """
+    moments, both = _moments(real), torch.stack([fake, twin])  # (2, N, D)
+
+    def difference(clips: Tensor, swapped: Tensor) -> float:
+        a = swapped.long().to(fake.device)
+        return _distance(moments, _moments(both[a, clips])) - _distance(moments, _moments(both[1 - a, clips]))
+
+    everything, unchanged = torch.arange(len(fake)), torch.zeros(len(fake), dtype=torch.bool)
+    value, margin, _ = jackknife(lambda clips: difference(clips, unchanged[clips]), len(fake), seed=seed)
+    p = swap_test(lambda swapped: difference(everything, swapped), len(fake), seed)
+    return {"value": value, "low": value - margin, "high": value + margin, "p": p}
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -37,21 +83,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     singular values of R_a R_b' over sqrt((N - 1) (M - 1)). This is also exact if a covariance is singular.
     """
     return _distance(_moments(a), _moments(b))
-
-
-def bootstrap_distances(real: Tensor, fake: Tensor, repeats: int, seed: int) -> Tensor:
-    """Distances (repeats,) of real (M, n, D) to N clips drawn with replacement from fake (N, n, D), n rows a clip."""
-    moments, generator = _moments(real.flatten(0, 1)), torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(fake), (repeats, len(fake)), generator=generator).to(fake.device)
-    return torch.tensor([_distance(moments, _moments(fake[draw].flatten(0, 1))) for draw in draws])
-
-
-def distance_spread(real: Tensor, fake: Tensor, value: float, repeats: int, seed: int) -> dict[str, Any]:
-    """The 95 % interval of the distance `value` of real (M, n, D) to fake (N, n, D), and its bias, by bootstrap."""
-    draws = bootstrap_distances(real, fake, repeats, seed)
-    bias = draws.mean().item() - value
-    # Draws repeat clips. Their mean is about as far above `value` as `value` is above that of infinitely many clips.
-    return {"interval": [draws.quantile(q).item() - bias for q in (0.025, 0.975)], "bias": bias}
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +108,8 @@ def inception_score(probabilities: Tensor, seed: int, splits: int = 10) -> dict[
         metric = InceptionScore(nn.Identity(), splits, sync_on_compute=False)
         metric.update(probabilities.double().clamp(min=1e-30).log())  # it takes logits; log 0 would give NaN
         mean, std = metric.compute()
-    return {"value": mean.item(), "std": std.item(), "splits": splits}
+    used = len(probabilities.chunk(splits))  # torch cuts 53 rows that are to be 10 parts into 9
+    return {"value": mean.item(), "std": std.item(), "splits": used}
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int, largest: int = 1000) -> dict[str, Any]:
