@@ -88,7 +88,7 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     read = {
         "video": partial(read_video, reader=args.video_reader),
         "frames": read_frame_folder,
-        "latents": read_latents,
+        "latents": partial(read_latents, num_variants=1 + flip),
     }[source.files]
     clips = ClipDataset(
         paths,

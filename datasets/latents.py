@@ -20,19 +20,25 @@ SUFFIX = ".safetensors"
 RECORD = "latents.json"  # beside them: what they were made from
 
 
-def read_latents(path: Path, choose: Choose) -> torch.Tensor:
+def read_latents(path: Path, choose: Choose, num_variants: int = 1) -> torch.Tensor:
     """The moments of the chosen frames, (F, V, 2C, h, w); the rest of the file stays on disk.
 
     Raises:
-        BadClip: the file is damaged, or `choose` refuses it.
+        BadClip: the file is damaged, has fewer than `num_variants` variants or a value that is no finite number, or
+            `choose` refuses it.
     """
     try:
         with safe_open(path, framework="np") as file:
             moments = file.get_slice("moments")
+            if len(shape := moments.get_shape()) != 5 or shape[1] < num_variants:
+                raise BadClip(f"has moments of shape {shape}, not (frames, {num_variants}, 2C, h, w)")
             frames = [moments[i : i + 1] for i in choose(moments.get_shape()[0])]
     except (SafetensorError, OSError) as error:
         raise BadClip(f"is no file of latents: {error}") from error
-    return torch.from_numpy(np.concatenate(frames))
+    moments = torch.from_numpy(np.concatenate(frames))
+    if not moments.isfinite().all():
+        raise BadClip("holds values that are not finite")
+    return moments
 
 
 def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:

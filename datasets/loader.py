@@ -17,7 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the batch of items: video (B, F+K, 3, S, S), label (B,), name, skipped, [image_labels (B, K)]."""
+    """Returns the batch of items: video (B, F+K, 3, S, S), label (B,), name, skipped, [image_labels (B, K)].
+
+    Raises:
+        UserError: clips differ in shape, as latents of several sizes do.
+    """
+    first = items[0]
+    for item in items:
+        if item["video"].shape != first["video"].shape:
+            shapes = [f"{each['name']} {list(each['video'].shape)}" for each in (first, item)]
+            raise UserError(f"clips differ in shape: {', '.join(shapes)}; remove or encode again the wrong one")
     batch = {
         "video": torch.stack([item["video"] for item in items]),
         "label": torch.tensor([item["label"] for item in items]),

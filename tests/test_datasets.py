@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -408,6 +409,36 @@ def test_stills_of_encoded_clips_are_frames_of_their_latents(tmp_path):
     args.frame_data_txt = str(tmp_path / "latents.json")
     with pytest.raises(UserError, match="frame_data_txt: with latents_path the stills are frames of the encoded clips"):
         get_dataset(args)
+
+
+@pytest.mark.parametrize(
+    ("moments", "reason"),
+    [
+        (torch.full((9, 2, 8, 3, 3), torch.nan), "holds values that are not finite"),
+        (torch.full((9, 2, 8, 3, 3), torch.inf), "holds values that are not finite"),
+        (torch.zeros(9, 1, 8, 3, 3), r"has moments of shape \[9, 1, 8, 3, 3\], not \(frames, 2, 2C, h, w\)"),
+        (torch.zeros(9, 8, 3), "has moments of shape"),
+        (None, "is no file of latents: .*moments"),
+    ],
+)
+def test_unusable_latents_are_skipped_and_named(tmp_path, moments, reason):
+    good = torch.rand(24, 2, 8, 3, 3).half()  # (N, V, 2C, h, w)
+    save_file({"moments": good}, tmp_path / "good.mp4.safetensors")
+    bad = {"other": good} if moments is None else {"moments": moments.half()}
+    save_file(bad, tmp_path / "bad.mp4.safetensors")
+    (tmp_path / "latents.json").write_text(json.dumps(dict(dataset="ffs", image_size=SIZE, horizontal_flip=None)))
+    item = get_dataset(options("ffs", tmp_path, latents_path=str(tmp_path)))[0]
+    assert Path(item["name"]).name == "good.mp4.safetensors"
+    assert len(item["skipped"]) == 1 and re.match(rf"{tmp_path}/bad.mp4.safetensors: {reason}", item["skipped"][0])
+
+
+def test_latents_of_several_sizes_are_named(tmp_path):
+    for i, size in enumerate((3, 4)):
+        save_file({"moments": torch.zeros(9, 2, 8, size, size).half()}, tmp_path / f"{i}.mp4.safetensors")
+    (tmp_path / "latents.json").write_text(json.dumps(dict(dataset="ffs", image_size=SIZE, horizontal_flip=None)))
+    dataset = get_dataset(options("ffs", tmp_path, latents_path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"^clips differ in shape: .*\.mp4\.safetensors \[8, 8, \d, \d\], .*; remove"):
+        next(load_batches(dataset, ClipSampler(2, 2)))
 
 
 def test_the_demo_is_seven_classes_of_forty_clips():

@@ -1,17 +1,22 @@
 """tools/encode_latents.py: every frame of every video once, by any number of processes; one kind in a folder."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from configs import ROOT, UserError
+from configs import ROOT, UserError, files
+from datasets.clips import class_folders, survey
+from datasets.latents import SUFFIX
 from datasets.readers import read_video
 from datasets.transforms import square
 from models.autoencoder import LatentCodec
@@ -39,7 +44,8 @@ def run(monkeypatch, options: list[str], *changes: str) -> None:
 
 
 def written(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    """The files that training would read, and when each was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in survey(folder, {SUFFIX}).files}
 
 
 def test_latents_are_those_of_all_frames_plain_and_mirrored(options, tiny, tmp_path, monkeypatch):
@@ -63,6 +69,127 @@ def test_the_same_command_again_encodes_what_is_missing_and_no_more(options, tmp
     second = written(tmp_path / "out")
     assert second.keys() == first.keys() and len(first) == 3
     assert [name for name in first if first[name] != second[name]] == ["Box/v_Box_g01_c02.mp4.safetensors"]
+
+
+def replace_video(path: Path, keep_time: bool = False) -> None:
+    """Other pixels under the same name, and of the same size in bytes."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    other = ROOT / "datasets/demo/train/Tree/v_Tree_g01_c01.mp4"
+    size = max(path.stat().st_size, other.stat().st_size)
+    path.write_bytes(other.read_bytes().ljust(size, b"\0") if not keep_time else path.read_bytes()[::-1])
+    if keep_time:
+        os.utime(path, ns=times)
+
+
+def encoded_again(before: dict[str, int], folder: Path) -> list[str]:
+    return sorted(name for name, time in written(folder).items() if before.get(name) != time)
+
+
+def test_a_replaced_video_is_encoded_again(options, tiny, tmp_path, monkeypatch, capsys):
+    """And the latents are those of the new one; the old ones are kept aside."""
+    run(monkeypatch, options)
+    first, video = written(tmp_path / "out"), tmp_path / "videos/Box/v_Box_g01_c02.mp4"
+    replace_video(video)
+    run(monkeypatch, options)
+    assert encoded_again(first, tmp_path / "out") == ["Box/v_Box_g01_c02.mp4.safetensors"]
+    assert (
+        "1 videos have changed and were encoded again (by size and time; --compare-content" in capsys.readouterr().out
+    )
+    assert (tmp_path / "out/.dropped/Box/v_Box_g01_c02.mp4.safetensors").exists()
+    frames = read_video(video, range)
+    with torch.no_grad():
+        mean = LatentCodec.from_pretrained(tiny.parent / "vae").moments(square(frames, 32, False)[:, None])[0]
+    moments = load_file(tmp_path / "out/Box/v_Box_g01_c02.mp4.safetensors")["moments"]
+    torch.testing.assert_close(moments[:, :1, :4].float(), mean, rtol=2e-3, atol=2e-3)
+
+
+def test_content_is_compared_where_asked(options, tmp_path, monkeypatch, capsys):
+    """A copy with another time is the same video. Other bytes of its size and time are another, here a broken one."""
+    run(monkeypatch, options)
+    first, (one, two) = written(tmp_path / "out"), sorted((tmp_path / "videos/Box").iterdir())
+    os.utime(one, (1, 1))
+    replace_video(two, keep_time=True)
+    files._file_hash.cache_clear()  # the next run is another process
+    run(monkeypatch, options, "--compare-content", "max_bad_fraction=0.5")
+    assert encoded_again(first, tmp_path / "out") == []
+    assert written(tmp_path / "out").keys() == first.keys() - {f"Box/{two.name}.safetensors"}
+    out = capsys.readouterr().out
+    assert f"1 videos have changed and were encoded again: {two}" in out and "4 videos, 2 skipped" in out
+
+
+def test_a_video_touched_after_encoding_by_an_earlier_version_is_encoded_again(options, tmp_path, monkeypatch):
+    """Such files hold no facts about their video: their own time decides."""
+    run(monkeypatch, options)
+    first = sorted((tmp_path / "out").rglob("*.safetensors"))
+    for path in first:
+        save_file(load_file(path), path)  # without the facts
+    times = written(tmp_path / "out")
+    os.utime(tmp_path / "videos/City/v_City_g01_c01.mp4", (time.time() + 9, time.time() + 9))
+    run(monkeypatch, options)
+    assert encoded_again(times, tmp_path / "out") == ["City/v_City_g01_c01.mp4.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b""])
+def test_damaged_latents_are_encoded_again(options, tmp_path, monkeypatch, damage):
+    run(monkeypatch, options)
+    path = tmp_path / "out/City/v_City_g01_c01.mp4.safetensors"
+    whole = load_file(path)["moments"].clone()  # loaded, it lies in the file
+    path.write_bytes(damage(path.read_bytes()))
+    run(monkeypatch, options)
+    assert torch.equal(load_file(path)["moments"], whole)
+
+
+def test_latents_of_deleted_videos_and_renamed_classes_are_dropped(options, tmp_path, monkeypatch, capsys):
+    """A folder without latents would count as a class."""
+    run(monkeypatch, options)
+    (tmp_path / "videos/Box/v_Box_g01_c02.mp4").unlink()
+    (tmp_path / "videos/City").rename(tmp_path / "videos/Town")
+    run(monkeypatch, options, "max_bad_fraction=0.5")
+    names = {"Box/v_Box_g01_c01.mp4.safetensors", "Town/v_City_g01_c01.mp4.safetensors"}
+    assert written(tmp_path / "out").keys() == names
+    assert class_folders(tmp_path / "out") == ["Box", "Town"]
+    out = capsys.readouterr().out
+    assert "the classes have changed: City gone; Town new; label 1 was City, is Town" in out
+    assert f"moved 2 latents whose videos are gone to {tmp_path}/out/.dropped: " in out
+    assert len(list((tmp_path / "out/.dropped").rglob("*.safetensors"))) == 2
+
+
+def test_latents_stay_where_videos_cannot_be_seen(options, tmp_path, monkeypatch, capsys):
+    """A folder that cannot be read, a path to other videos: nothing is dropped."""
+    run(monkeypatch, options)
+    first, scandir = written(tmp_path / "out"), os.scandir
+
+    def failing(path):
+        if Path(path) == tmp_path / "videos/City":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", failing)
+        run(patch, options)
+    assert written(tmp_path / "out") == first
+    assert "kept 1 latents without video, as not all of" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    for name in ("Cup", "Tree"):
+        (tmp_path / "other" / name).mkdir()
+        shutil.copy(ROOT / f"datasets/demo/train/{name}/v_{name}_g01_c01.mp4", tmp_path / "other" / name)
+    with pytest.raises(UserError, match=r"^latents_path: .*/out holds latents of other videos than .*/other$"):
+        run(monkeypatch, options, f"data_path={tmp_path}/other")
+    assert written(tmp_path / "out") == first
+
+
+def test_folders_of_frames_are_encoded_again_when_an_image_changes(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / "frames" / name / f"{i}.png")
+    options = [f"data_path={tmp_path}/frames", f"latents_path={tmp_path}/out", f"pretrained_model_path={tiny.parent}"]
+    options += ["dataset=frame_folder", "image_size=32"]
+    run(monkeypatch, options)
+    first = written(tmp_path / "out")
+    Image.new("RGB", (32, 32), (0, 99, 0)).save(tmp_path / "frames/b/2.png")
+    run(monkeypatch, options)
+    assert encoded_again(first, tmp_path / "out") == ["b.safetensors"]
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(options, tmp_path, monkeypatch, capsys):

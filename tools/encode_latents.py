@@ -5,10 +5,13 @@
         latents_path=/data/ucf101_latents                     # then train with the same latents_path
     python tools/encode_latents.py --config ... --dry-run     # what would run; checks its files
 
-Reads `data_path`, writes `latents_path` (see datasets/latents.py). The same command again encodes what is missing.
+Reads `data_path`, writes `latents_path` (see datasets/latents.py). The same command again encodes what is missing, and
+videos that were replaced. Latents whose video is gone move to `latents_path`/.dropped, where training does not look.
 Letters: N frames of a video, n <= PIECE of them, S image_size, V variants (as it is, mirrored), C channels of latents.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,17 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import TrainConfig, UserError, cli, load_config
 
 parser = cli.Parser(__doc__, TrainConfig)
+parser.add_argument("--compare-content", action="store_true", help="replaced: by SHA-256 instead of size and time")
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_path, check_record, check_writable, write_json
-from datasets import get_dataset
-from datasets.clips import ClipDataset, summary
+from configs.files import atomic_path, check_record, check_writable, file_hash, write_json
+from datasets import class_changes, get_dataset
+from datasets.clips import ClipDataset, summary, survey
 from datasets.latents import RECORD, SUFFIX, latent_settings
 from datasets.readers import BadClip, Read
 from datasets.transforms import square
@@ -50,6 +55,60 @@ def latents_file(cfg: TrainConfig, video: Path) -> Path:
     return Path(cfg.latents_path, f"{video.relative_to(cfg.data_path)}{SUFFIX}")
 
 
+def video_facts(video: Path, content: bool) -> dict[str, str]:
+    """The size, the time of change and, with `content`, the SHA-256 of a video file or of a folder of frames."""
+    files = [path for path in sorted(video.iterdir()) if path.is_file()] if video.is_dir() else [video]
+    stats = [file.stat() for file in files]
+    facts = {"size": sum(each.st_size for each in stats), "changed": max(each.st_mtime_ns for each in stats)}
+    if content:
+        facts["sha256"] = hashlib.sha256(" ".join(map(file_hash, files)).encode()).hexdigest()
+    return {key: str(value) for key, value in facts.items()}
+
+
+def is_encoded(cfg: TrainConfig, video: Path, compare_content: bool = False) -> bool:
+    """Whether the latents of a video are there, whole, and of the video as it is now."""
+    try:
+        with safe_open(latents_file(cfg, video), framework="np") as file:
+            made = file.metadata() or {}
+        now = video_facts(video, compare_content and "sha256" in made)
+    except (SafetensorError, OSError):
+        return False
+    if not made:  # by an earlier version of this program
+        return latents_file(cfg, video).stat().st_mtime_ns >= int(now["changed"])
+    return made["sha256"] == now["sha256"] if compare_content else made | now == made
+
+
+def drop(cfg: TrainConfig, file: Path) -> None:
+    """Moves a file of latents to `latents_path`/.dropped."""
+    target = Path(cfg.latents_path, ".dropped", file.relative_to(cfg.latents_path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.replace(target)
+
+
+def drop_orphans(cfg: TrainConfig, clips: ClipDataset) -> None:
+    """Drops the latents whose video is no longer in `data_path`, and says so.
+
+    Raises:
+        UserError: none of the latents is of a video there.
+    """
+    wanted = {latents_file(cfg, video) for video in clips.paths}
+    there = survey(Path(cfg.latents_path), {SUFFIX}).files
+    orphans = [str(file) for file in there if file not in wanted]
+    if not orphans:
+        return
+    if len(orphans) == len(there):
+        raise UserError(f"latents_path: {cfg.latents_path} holds latents of other videos than {cfg.data_path}")
+    if clips.num_unreadable:
+        return print(f"kept {len(orphans)} latents without video, as not all of {cfg.data_path} can be read")
+    for file in map(Path, orphans):
+        drop(cfg, file)
+        for folder in file.parents:  # an empty folder would count as a class
+            if folder == Path(cfg.latents_path) or any(folder.iterdir()):
+                break
+            folder.rmdir()
+    print(f"moved {len(orphans)} latents whose videos are gone to {cfg.latents_path}/.dropped: {summary(orphans)}")
+
+
 def read_in_pieces(read: Read, path: Path) -> Iterator[Tensor]:
     """All frames of a video in order, (n, 3, H, W) at a time."""
     total = 0
@@ -65,45 +124,61 @@ def read_in_pieces(read: Read, path: Path) -> Iterator[Tensor]:
         start += PIECE
 
 
-def write_record(cfg: TrainConfig, settings: dict[str, Any]) -> None:
+def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset) -> None:
     """Writes what the latents are made with; UserError if `latents_path` holds latents of other settings."""
     path = Path(cfg.latents_path, RECORD)
-    check_record(path, settings, "latents_path")
+    if check_record(path, settings, "latents_path"):
+        before = json.loads(path.read_text()).get("classes")
+        if before and clips.classes and (changes := class_changes(before, clips.classes)):
+            print(f"the classes have changed: {changes}")
+        drop_orphans(cfg, clips)
     places = {"data_path": cfg.data_path, "vae": str(Path(cfg.pretrained_model_path, cfg.vae))}  # these may move
-    write_json(path, settings | places)
+    write_json(path, settings | places | {"classes": clips.classes})
 
 
 @torch.no_grad()
-def encode(cfg: TrainConfig, env: Environment) -> None:
-    """Encodes this process's share of the videos whose latents are missing.
+def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) -> None:
+    """Encodes this process's share of the videos whose latents are missing, or of an earlier version of the video.
+
+    Args:
+        compare_content: whether a video has changed is a question of its SHA-256, not of its size and time.
 
     Raises:
         UserError: `latents_path` holds latents made otherwise, or more than max_bad_fraction of the videos are broken.
     """
     clips, codec = source_videos(cfg), load_codec(cfg, env.device)
     settings = latent_settings(cfg) | {"encoder": codec.fingerprint()}
-    env.from_first(lambda: write_record(cfg, settings))
+    env.from_first(lambda: write_record(cfg, settings, clips))
 
-    bad = []
+    bad, changed = [], []
     for path in tqdm(clips.paths[env.rank :: env.world_size], disable=not env.is_main, unit="video"):
         file = latents_file(cfg, path)
-        if file.exists():
+        if is_encoded(cfg, path, compare_content):
             continue
+        if file.exists():
+            changed.append(str(path))
+            drop(cfg, file)
         moments = []
         try:
+            facts = video_facts(path, content=True)
             for frames in read_in_pieces(clips.read, path):  # (n, 3, H, W)
                 variants = [square(frames, cfg.image_size, flip) for flip in ([False, True] if clips.flip else [False])]
                 mean, std = codec.moments(torch.stack(variants, dim=1).to(env.device))  # (n, V, C, h, w)
                 moments.append(torch.cat([mean, std], dim=2).half().cpu())
-        except BadClip as error:
+            if not all(part.isfinite().all() for part in moments):
+                raise BadClip("its latents are not finite numbers of half precision")
+        except (BadClip, OSError) as error:  # OSError: it is gone since
             tqdm.write(f"skipped {path}: {error}")
             bad.append(f"{path}: {error}")
             continue
         with atomic_path(file) as temporary:
-            save_file({"moments": torch.cat(moments)}, temporary)  # (N, V, 2C, h, w)
-    bad = env.gather(bad)
+            save_file({"moments": torch.cat(moments)}, temporary, facts)  # (N, V, 2C, h, w)
+    bad, changed = env.gather(bad), env.gather(changed)
     if env.is_main:
         print(f"{len(clips.paths)} videos, {len(bad)} skipped")
+        if changed:
+            hint = "" if compare_content else " (by size and time; --compare-content looks at the content)"
+            print(f"{len(changed)} videos have changed and were encoded again{hint}: {summary(changed)}")
     if len(bad) > cfg.max_bad_fraction * len(clips.paths):
         shares = f"{len(bad)} of {len(clips.paths)} videos failed, max_bad_fraction={cfg.max_bad_fraction}"
         raise UserError(f"{shares}: {summary(bad)}")
@@ -115,7 +190,7 @@ def describe_encoding(cfg: TrainConfig) -> list[str]:
         videos = source_videos(cfg).paths
     except UserError:  # the checks of the files say why
         videos = []
-    there = sum(latents_file(cfg, video).exists() for video in videos)
+    there = sum(is_encoded(cfg, video) for video in videos)
     return [
         f"videos: {len(videos):,} in {cfg.data_path}, {there:,} of them encoded before, processes: {cli.world_size()}",
         f"latents: of frames at {cfg.image_size} x {cfg.image_size}, in {cfg.latents_path}",
@@ -130,7 +205,7 @@ def main() -> None:
     check_writable(cfg, "latents_path", folder=True)
     if not args.dry_run:
         with distributed() as env:
-            encode(cfg, env)
+            encode(cfg, env, args.compare_content)
     elif cli.rank() == 0:
         checks = [
             lambda: source_videos(cfg),
