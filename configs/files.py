@@ -4,13 +4,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from configs.errors import UserError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -40,15 +42,25 @@ def write_json(path: str | Path, record: Any) -> None:
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
+def once_per_file(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function of a path (and other arguments): a process reads an unchanged file only once."""
+
+    @cache
+    def read(path: Path, size: int, changed: int, *others: Any) -> T:
+        return function(path, *others)
+
+    @wraps(function)
+    def wrapper(path: str | Path, *others: Any) -> T:
+        stat = Path(path).stat()
+        return read(Path(path).absolute(), stat.st_size, stat.st_mtime_ns, *others)
+
+    return wrapper
+
+
+@once_per_file
 def file_hash(path: str | Path) -> str:
-    """Returns the SHA-256 of a file in hex. A process reads an unchanged file only once."""
-    stat = Path(path).stat()
-    return _file_hash(Path(path).absolute(), stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
+    """Returns the SHA-256 of a file in hex."""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Reading weights, strictly and without running code from the file, and writing them atomically."""
 
+import hashlib
 import math
 import os
 import pickle
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.files import atomic_path
+from configs.files import atomic_path, once_per_file
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, optional: str | None = None) -> list[str]:
@@ -82,6 +83,19 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 def count_skips(path: str | Path) -> int:
     """Returns the number of long skip branches of the model whose weights are at `path`."""
     return _count_skips(load_state_dict(path))
+
+
+@once_per_file
+def weights_hash(path: str | Path) -> str:
+    """Returns the SHA-256 of the weights at `path` in hex: of their names, types, shapes and bytes.
+
+    It depends neither on the format of the file nor on what else the file holds.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(load_state_dict(path).items()):  # mapped into memory: read one by one
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | Path, **state: Any) -> None:

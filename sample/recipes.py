@@ -11,8 +11,9 @@ from typing import Any
 
 from configs import SampleConfig, require_path
 from configs.errors import UserError, choice
-from configs.files import differences, file_hash, write_json
+from configs.files import differences, write_json
 from diffusion.sampling import SAMPLERS
+from models.checkpoint import weights_hash
 
 FORMAT = 1  # of the file; raise it when older code cannot execute newer files
 FITTED = "fitted"  # the solver whose steps are the recipe's own moves
@@ -64,8 +65,8 @@ class Recipe:
 
 
 def fingerprint(cfg: SampleConfig) -> dict[str, Any]:
-    """What a recipe for resolved options depends on: the checkpoint's hash, and the options in MADE_FOR."""
-    return {"checkpoint": file_hash(require_path(cfg, "ckpt"))} | {key: getattr(cfg, key) for key in MADE_FOR}
+    """What a recipe for resolved options depends on: the hash of the weights, and the options in MADE_FOR."""
+    return {"checkpoint": weights_hash(require_path(cfg, "ckpt"))} | {key: getattr(cfg, key) for key in MADE_FOR}
 
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:

@@ -4,13 +4,14 @@ import argparse
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from configs import UserError
 from configs.files import atomic_path, file_hash
-from models.checkpoint import count_skips, load_checkpoint, load_state_dict, save_checkpoint
+from models.checkpoint import count_skips, load_checkpoint, load_state_dict, save_checkpoint, weights_hash
 from models.latte import Latte
 from tools import export_checkpoint
 
@@ -178,6 +179,29 @@ def test_atomic_path_hides_what_is_half_written(tmp_path):
 def test_file_hash_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"weights" * 1000)
     assert file_hash(tmp_path / "a") == hashlib.sha256(b"weights" * 1000).hexdigest()
+
+
+def test_the_hash_of_weights_depends_on_the_weights_alone(tmp_path):
+    """Format, metadata, prefixes, order and what else a file holds do not matter; a type, shape, name or bit does."""
+    weights = {"b": torch.tensor([1.0, 2.0]), "a": torch.ones((), dtype=torch.bfloat16), "c": torch.ones(2, 3).T}
+    same = {f"module.{name}": value for name, value in reversed(weights.items())}
+    torch.save({"ema": weights, "model": {"b": torch.zeros(2)}, "step": 3}, tmp_path / "ema.pt")
+    torch.save(same, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    save_file(weights, tmp_path / "a.safetensors", metadata={"options": "{}"})
+    digest = hashlib.sha256()
+    for head, value in (("a torch.bfloat16 []", weights["a"]), ("b torch.float32 [2]", weights["b"])):
+        digest.update(f"{head}\n".encode() + bytes(value.flatten().view(torch.uint8).tolist()))
+    digest.update(b"c torch.float32 [3, 2]\n" + np.ones(6, np.float32).tobytes())
+    assert {weights_hash(path) for path in tmp_path.iterdir()} == {digest.hexdigest()}
+    for name, value in (
+        ("b", weights["b"].half()),
+        ("b", weights["b"][None]),
+        ("d", weights["b"]),
+        ("b", -weights["b"]),
+    ):
+        save_file({key: weights[key] for key in "ac"} | {name: value}, tmp_path / "other.safetensors")
+        assert weights_hash(tmp_path / "other.safetensors") != digest.hexdigest()
 
 
 def test_hub_folder_round_trip(tmp_path):

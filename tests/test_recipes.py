@@ -17,6 +17,7 @@ from configs import SampleConfig, UserError, load_config
 from diffusion import create_diffusion
 from diffusion.sampling import linear_multistep
 from sample import sample, sample_ddp
+from sample.options import DEMO
 from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
 from sample.plans import make_plan
 from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
@@ -362,3 +363,9 @@ def test_fidelity_measures_a_recipe_beside_plans(tiny, pipe, tmp_path, monkeypat
     save_recipe(tmp_path / "r4.json", make_recipe(pipe.cfg, made_for=fingerprint(pipe.cfg) | {"prediction": "v"}))
     with pytest.raises(UserError, match="was made for prediction=v, not eps"):
         run(monkeypatch, fidelity, "--config", tiny, "--cache", *plans, "num_clips=4", f"output={tmp_path}/out")
+
+
+@pytest.mark.parametrize("name", ["recipe-43", "recipe-65"])
+def test_the_recipes_in_the_repository_are_of_its_checkpoint(name):
+    cfg = load_config(SampleConfig, DEMO, [f"recipe=pretrained/demo/{name}.json"])
+    check_recipe(resolve(cfg, CPU))
