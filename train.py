@@ -42,6 +42,7 @@ from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import save_checkpoint
 from models.hardware import local_device
 from models.latte import Latte
+from models.skip_cache import StaleFeatures
 from tools.common import runs, training
 
 
@@ -131,29 +132,36 @@ def clip_losses(
 ) -> Tensor:
     """The loss of each clip of a batch, (B,), all in `device`'s fp32.
 
-    Clip number `first` + i of the run draws from a generator of its own: posterior noise, t, noise, two label coins.
+    Clip number `first` + i of the run draws from a generator of its own: posterior noise, t, noise, two label coins,
+    and with `stale_features` a coin and a distance of timesteps.
     """
     mean, std = training.latent_moments(batch["video"].to(device, non_blocking=True), encoder)  # (B, F+K, C, h, w)
     B = len(mean)
     t = torch.empty(B, dtype=torch.int64, device=device)
     # Contiguous, whatever the latents' strides: what a generator draws depends on the layout it fills.
     posterior_noise, noise, coins = (torch.empty(shape, device=device) for shape in (mean.shape, mean.shape, (B, 2)))
+    stale = torch.empty((B, 2), device=device)
     for i in range(B):
         generator = torch.Generator(device).manual_seed(clip_seed(cfg.global_seed, first + i))
         posterior_noise[i].normal_(generator=generator)
         t[i].random_(diffusion.num_timesteps, generator=generator)
         noise[i].normal_(generator=generator)
         coins[i].uniform_(generator=generator)
+        stale[i].uniform_(generator=generator)  # the last draw, so that it changes none of the others
 
     x = mean + std * posterior_noise
-    labels = {}
+    inputs = {}
+    if cfg.stale_features:
+        gap = torch.where(stale[:, 0] < cfg.stale_features, (stale[:, 1] * cfg.stale_gap).ceil().long(), 0)
+        t_deep = (t + gap).clamp(max=diffusion.num_timesteps - 1)  # (B,)
+        inputs = dict(x_deep=diffusion.q_sample(x, t_deep, noise), t_deep=diffusion.original_timesteps(t_deep))
     if cfg.num_classes is not None:
         drop = coins < cfg.class_dropout_prob  # (B, 2): the clip's label, and those of its stills together
-        labels["y"] = torch.where(drop[:, 0], cfg.num_classes, batch["label"].to(device, non_blocking=True))
+        inputs["y"] = torch.where(drop[:, 0], cfg.num_classes, batch["label"].to(device, non_blocking=True))
         if cfg.use_image_num:
             image_labels = batch["image_labels"].to(device, non_blocking=True)  # (B, K)
-            labels["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, image_labels)
-    return diffusion.training_losses(model, x, t, labels, noise)["loss"]
+            inputs["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, image_labels)
+    return diffusion.training_losses(model, x, t, inputs, noise)["loss"]
 
 
 def clip_seed(seed: int, number: int) -> int:
@@ -200,7 +208,8 @@ def train(cfg: TrainConfig) -> None:
     if cfg.use_compile:
         for block in latte.blocks:  # one by one: all spatial blocks share a graph, and so do all temporal ones
             block.compile(fullgraph=True)  # in place: the names of the weights stay
-    model, state.optimizer = accelerator.prepare(latte, state.optimizer)
+    trainee = StaleFeatures(latte, cfg.cache.depth) if cfg.stale_features else latte
+    model, state.optimizer = accelerator.prepare(trainee, state.optimizer)
 
     # Batches
     validation = training.validation_batch(cfg, codec, diffusion, device) if is_main and cfg.validation_every else None

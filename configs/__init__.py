@@ -278,6 +278,10 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     max_train_steps: int = option(1_000_000, "the last step", least=1)
     max_bad_steps: int = option(20, "steps in a row with a non-finite loss or gradient before the run stops", least=1)
     train_only: str = option("all", "weights to train", choices=("all", "skip", "temporal"))
+    stale_features: float = option(
+        0.0, "share of clips whose deep feature comes from a noisier timestep, as in a cached step", least=0, most=1
+    )
+    stale_gap: int = option(100, "stale_features: the largest distance of the two timesteps", least=1)
     mixed_precision: str = option("no", "autocast type", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, more time")
     use_compile: bool = option(False, "torch.compile the blocks")

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import UserError
 from models.latte import Latte
@@ -60,8 +60,13 @@ def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
             full.appendleft(step)
             weights.append([])
         else:
-            weights.append([math.prod((step - j) / (i - j) for j in full if j != i) for i in full])
+            weights.append(lagrange_weights(step, full))
     return weights
+
+
+def lagrange_weights(step: int, known: Sequence[int]) -> list[float]:
+    """Returns the weights of values at the steps `known` in the value at `step` of the polynomial through them."""
+    return [math.prod((step - j) / (i - j) for j in known if j != i) for i in known]
 
 
 def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,6 +90,23 @@ def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None
     del head  # its memory serves the last layers
     x = model.run(range(model.num_layers - depth, model.num_layers), deep, c, skips)
     return model.unembed(x, c)
+
+
+class StaleFeatures(nn.Module):
+    """A Latte in training that computes its deep feature at timesteps of its own, as a cached step gets it.
+
+    Where both timesteps of a clip are equal, so are its output and gradient to the Latte's.
+    """
+
+    def __init__(self, model: Latte, depth: int = 1):
+        super().__init__()
+        check_cache_depth(model.num_layers, depth)
+        self.model, self.depth = model, depth
+
+    def forward(self, x: Tensor, t: Tensor, x_deep: Tensor, t_deep: Tensor, y: Tensor | None = None) -> Tensor:
+        """The prediction for x (B, F, C, H, W) at t (B,) around the deep feature of x_deep at t_deep, shaped alike."""
+        _, kept = full_step(self.model, self.depth, x_deep, t_deep, y)
+        return cached_step(self.model, self.depth, x, t, y, kept)
 
 
 class SkipCache:

@@ -8,7 +8,7 @@ from models import SIZES, get_models, parse_name
 from models.hardware import fastest_attention
 from models.latte import Latte
 from models.layers import Attention, Mlp, PatchEmbed
-from models.skip_cache import SkipCache, cached_step, forecast_weights, full_step, interval_plan
+from models.skip_cache import SkipCache, StaleFeatures, cached_step, forecast_weights, full_step, interval_plan
 
 TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)
 
@@ -275,6 +275,24 @@ def test_without_skips_the_change_over_the_inner_layers_is_kept(num_skips, depth
     cached = cache(x + 0.1, t, y)
     torch.testing.assert_close(cached, model.unembed(out, c))
     assert not torch.allclose(cached, model(x + 0.1, t, y), atol=1e-4), "and no full step"
+
+
+@pytest.mark.parametrize("num_skips", [0, 2])
+def test_a_deep_feature_of_the_same_timestep_trains_like_the_model(num_skips):
+    """The output and every gradient are the model's, although the first layer runs twice."""
+    model, (x, t, y) = tiny(num_skips=num_skips), inputs()
+    grads = []
+    for output in (model(x, t, y), StaleFeatures(model)(x, t, x, t, y)):
+        grads.append(torch.autograd.grad(output.square().mean(), [p for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(StaleFeatures(model)(x, t, x, t, y), model(x, t, y))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_stale_deep_feature_is_that_of_a_cached_step():
+    model, (x, t, y) = tiny(), inputs()
+    cache = SkipCache(model, [True, False])
+    cache(x + 0.1, t + 5, y)
+    torch.testing.assert_close(StaleFeatures(model)(x, t, x + 0.1, t + 5, y), cache(x, t, y))
 
 
 @torch.no_grad()

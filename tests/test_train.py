@@ -24,9 +24,11 @@ import train as program
 from configs import ROOT, TrainConfig, UserError, load_config, to_yaml
 from datasets import get_dataset
 from datasets.latents import RECORD
+from diffusion import make_diffusion
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
+from models.skip_cache import StaleFeatures
 from sample.distributed import Environment
 from tools.common.runs import RunLog
 from tools.common.training import StepGuard, check_same_clips, check_training_options, learning_rate
@@ -142,6 +144,48 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stil
     resumed = run(latents, tmp_path / "resumed", **options)
     assert_equal(resumed, unbroken)
     assert log_lines(tmp_path / "resumed") == log_lines(tmp_path / "unbroken")
+
+
+def test_stale_features_train_cached_steps_and_change_no_other_draw(latents, tmp_path):
+    """Half of the clips have a noisier deep feature; the run resumes exactly; a share of 0 is the plain run."""
+    seen = []
+
+    class Recorder(StaleFeatures):
+        def forward(self, x, t, x_deep, t_deep, y):
+            seen.append((t, t_deep, y))
+            return super().forward(x, t, x_deep, t_deep, y)
+
+    options = dict(stale_features=0.5, stale_gap=100, max_train_steps=30, ckpt_every=30, log_every=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "StaleFeatures", Recorder)
+        unbroken = run(latents, tmp_path / "stale", **options)
+    t, t_deep, _ = (torch.cat(column) for column in zip(*seen, strict=True))
+    gaps = (t_deep - t)[t < 899]
+    assert 0.35 < (gaps > 0).float().mean() < 0.65 and gaps.min() == 0 and 80 < gaps.max() <= 100
+    assert t_deep.max() <= 999
+
+    cut = config(latents, tmp_path / "resumed", **options)
+    stop_after(cut, 3)
+    assert_equal(run(latents, tmp_path / "resumed", **options), unbroken)
+
+    plain = []
+
+    def losses_of(model, x, t, kwargs, noise):
+        plain.append((t, kwargs["y"]))
+        return {"loss": t.float()}
+
+    batch = {"video": torch.randn(4, 4, 8, 4, 4), "label": torch.tensor([0, 1, 0, 1])}
+    for share in (0.0, 0.5):
+        cfg = config(latents, tmp_path, stale_features=share)
+        process = make_diffusion(cfg)
+        process.training_losses = losses_of
+        program.clip_losses(None, process, None, batch, 0, cfg, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(*plain, strict=True)), "timesteps and labels stay"
+
+
+def test_stale_features_with_stills_are_refused(latents, tmp_path):
+    with pytest.raises(UserError, match="stale_features: stills have no place in cached steps; use use_image_num=0"):
+        check_training_options(config(latents, tmp_path, stale_features=0.5, use_image_num=2))
 
 
 def stop_after(cfg: TrainConfig, step: int, number: int = signal.SIGTERM) -> None:

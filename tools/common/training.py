@@ -61,6 +61,8 @@ def check_training_options(cfg: TrainConfig) -> None:
         raise UserError(
             f"train_only: {cfg.model} has no skip branches to train; choose a model with `skip` in its name"
         )
+    if cfg.stale_features and cfg.use_image_num:
+        raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
     if cfg.preview_every:
         preview_plans(cfg, torch.device("cpu"))
 
