@@ -1,7 +1,8 @@
 """Classifier-free guidance as a wrapper around any denoiser."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -13,15 +14,23 @@ class Guided:
 
     A call runs `denoiser` once on 2B rows: B with their labels, then B with the null label. Variance channels, if any,
     are those of the labelled rows. With scale = 1 a call runs `denoiser` on B rows and returns its output.
+
+    guided: for each call of one sampling run, whether it is guided; the others run as with scale = 1. Guidance in a
+        limited interval of noise: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
     """
 
     denoiser: Callable[[Tensor, Tensor, Tensor], Tensor]
     scale: float
     null_label: int
+    guided: Iterable[bool] = repeat(True)
+    _calls: Iterator[bool] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._calls = iter(self.guided)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, C or 2C, H, W), in fp32 when guided."""
-        if self.scale == 1:
+        if not next(self._calls) or self.scale == 1:
             return self.denoiser(x, t, y)
         labels = torch.cat([y, torch.full_like(y, self.null_label)])  # (2B,)
         out = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), labels).float()  # scale magnifies rounding errors

@@ -82,5 +82,7 @@ def count_parameters(options: ModelOptions) -> int:
 
 def readable(macs: int) -> str:
     """Returns MACs with a unit: 1938926813184 -> 1.94 TMACs."""
-    size, unit = next((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1, "")) if macs >= size)
+    size, unit = next(
+        (size, unit) for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1, "")) if macs >= size
+    )
     return f"{macs / size:.3g} {unit}MACs"

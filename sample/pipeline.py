@@ -10,6 +10,7 @@ Letters: B batch, F frames, C channels of the latents, h = w = H / 8.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -127,15 +128,11 @@ def sample_latents(
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
     y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
 
-    denoiser = pipe.uncached
-    if plan.cached_steps:  # a new SkipCache for each run, whose state it holds
-        denoiser = SkipCache(model, plan.full, plan.cache.depth, steps=pipe.steps, weights=plan.weights)
-    denoiser = Guided(denoiser, cfg.cfg_scale, null_label=model.num_classes)
     diffusion = pipe.diffusion
     if plan.timesteps != tuple(diffusion.timestep_map[::-1]):  # a recipe's own
         diffusion = make_diffusion(cfg, plan.timesteps)
     for out in diffusion.sample_loop_progressive(
-        denoiser,
+        make_denoiser(pipe, plan),
         (len(seeds), model.num_frames, model.in_channels, model.input_size, model.input_size),
         clip_denoised=False,  # latents exceed [-1, 1]
         model_kwargs={"y": y},
@@ -149,6 +146,14 @@ def sample_latents(
             on_step()
     check_finite(latents, seeds, cfg.precision)
     return latents
+
+
+def make_denoiser(pipe: Pipeline, plan: Plan) -> Guided:
+    """Returns the guided model for one sampling run by `plan`, whose state it holds."""
+    denoiser = pipe.uncached
+    if plan.cached_steps:
+        denoiser = SkipCache(pipe.model, plan.full, plan.cache.depth, steps=pipe.steps, weights=plan.weights)
+    return Guided(denoiser, pipe.cfg.cfg_scale, pipe.model.num_classes, plan.guided or repeat(True))
 
 
 def check_finite(latents: Tensor, seeds: Sequence[int], precision: str) -> None:

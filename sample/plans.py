@@ -33,6 +33,7 @@ class Plan:
     macs: int  # of all steps
     macs_uncached: int  # of the reference run; of a plan from options: if all steps were full
     moves: tuple[tuple[float, ...], ...] = ()  # for each step, the coefficients of a fitted solver
+    guided: tuple[bool, ...] = ()  # for each step, whether it is guided; empty: all are
 
     @property
     def full(self) -> tuple[bool, ...]:
@@ -126,16 +127,17 @@ def recipe_plan(recipe: Recipe, cfg: SampleConfig) -> Plan:
         timesteps=tuple(step.t for step in recipe.steps),
         weights=tuple(step.feature for step in recipe.steps),
         moves=tuple(step.move for step in recipe.steps) if recipe.solver == FITTED else (),
-        macs=count_macs(cfg, full, len(recipe.steps) - full, recipe.depth),
+        guided=tuple(step.guided for step in recipe.steps),
+        macs=count_macs(cfg, full, len(recipe.steps) - full, recipe.depth, sum(not s.guided for s in recipe.steps)),
         macs_uncached=count_macs(cfg, recipe.reference["num_sampling_steps"]),
     )
 
 
-def count_macs(cfg: SampleConfig, full: int, cached: int = 0, depth: int = 1) -> int:
-    """Returns the MACs of one clip in so many full and cached steps; guidance doubles them."""
+def count_macs(cfg: SampleConfig, full: int, cached: int = 0, depth: int = 1, unguided: int = 0) -> int:
+    """Returns the MACs of one clip in so many full and cached steps; guidance doubles them, but not in `unguided`."""
     step = step_macs(cfg, depth if cached else 1)
     rows = 1 if cfg.cfg_scale == 1 else 2  # guidance runs each clip with its label and with the null label
-    return rows * (full * step.full + cached * step.cached)
+    return rows * (full * step.full + cached * step.cached) - (rows - 1) * unguided * step.full
 
 
 def describe_plan(cfg: SampleConfig, plan: Plan) -> str:

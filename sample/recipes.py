@@ -31,6 +31,7 @@ class Step:
     t: int  # the original timestep that the model sees
     feature: tuple[float, ...] = ()  # weights of the last full steps' deep features, newest first; none: a full step
     move: tuple[float, ...] = ()  # of the fitted solver; none: another solver moves
+    guided: bool = True  # False: the model runs with its labels alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Recipe:
                     f"but {full} are before it"
                 )
             full += not step.feature
+            if not step.guided and any(each.feature for each in self.steps):
+                raise UserError(
+                    f"recipe {self.name}: step t={step.t} is not guided, but cached steps need the features"
+                )
             if len(step.move) != (NUM_COEFFICIENTS if self.solver == FITTED else 0):
                 raise UserError(f"recipe {self.name}: step t={step.t} has {len(step.move)} coefficients")
             if not all(map(math.isfinite, (*step.move, *step.feature))):
@@ -71,7 +76,8 @@ def fingerprint(cfg: SampleConfig) -> dict[str, Any]:
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
     """Writes a recipe as JSON; the file appears whole or not at all."""
-    steps = [{key: value for key, value in asdict(step).items() if value or key == "t"} for step in recipe.steps]
+    blank = asdict(Step(t=-1))  # values that need no mention
+    steps = [{key: value for key, value in asdict(step).items() if value != blank[key]} for step in recipe.steps]
     write_json(path, {"format": FORMAT} | asdict(recipe) | {"steps": steps})
 
 
@@ -89,7 +95,7 @@ def load_recipe(path: str | Path) -> Recipe:
         if content.pop("format") != FORMAT:
             raise UserError(f"recipe: {path} is of another format than {FORMAT}: make it anew with tools/calibrate.py")
         steps = tuple(
-            Step(step["t"], tuple(step.get("feature", ())), tuple(step.get("move", ())))
+            Step(step["t"], tuple(step.get("feature", ())), tuple(step.get("move", ())), step.get("guided", True))
             for step in content.pop("steps")
         )
         return Recipe(steps=steps, **content | {"table": tuple(content.pop("table", ()))})

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,18 +18,34 @@ from torch import Tensor
 from configs import SampleConfig, UserError, load_config
 from diffusion import create_diffusion
 from diffusion.sampling import linear_multistep
+from models.latte import Latte
+from models.skip_cache import full_step
 from sample import sample, sample_ddp
+from sample.distributed import Environment
 from sample.options import DEMO
-from sample.pipeline import Pipeline, load, resolve, sample_latents, with_options
-from sample.plans import make_plan
+from sample.pipeline import Pipeline, load, make_denoiser, resolve, sample_latents, with_options
+from sample.plans import Plan, count_macs, make_plan
 from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
 from tools import calibrate, fidelity, report
 from tools.metrics.statistics import geometric_mean, ratio_interval
+from tools.recipes import calibration
+from tools.recipes.cached import FeatureChanges, gap_errors, measure_features
+from tools.recipes.candidates import build_plan, fitted_candidate, with_moves
+from tools.recipes.cost import disk_bytes, work
 from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
-from tools.recipes.search import angles_of, fit_solver, interpolate_growth, measure_growth
+from tools.recipes.search import (
+    angles_of,
+    fit_moves,
+    growth_positions,
+    interpolate_growth,
+    measure_growth,
+    relative_l2,
+    x0_effect,
+)
 from tools.recipes.trajectories import load_trajectories, record
 
 CPU = torch.device("cpu")
+ALONE = Environment(0, 1, CPU)
 
 
 class GaussianVelocity:
@@ -135,24 +153,126 @@ def test_step_errors_are_those_of_the_fits(pipe, tmp_path):
     assert np.isinf(errors[3, 0, 1]) and np.isinf(errors[9, 1, 2]) and np.isfinite(errors[0, 0, 4])
 
 
-def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path):
-    """Where the model is linear, an error grows by the same factor whatever its size; at the last state it is 1."""
-    record(pipe, tmp_path, [0, 1], every_step=True)
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path, method):
+    """Where the model is linear, an error grows by the product of its steps' factors, whatever the noise on the way."""
+    own = with_options(pipe, sample_method=method, cfg_scale=1.0, prediction="v", learn_sigma=False)
+    own = replace(own, uncached=GaussianVelocity(own.diffusion))
+    record(own, tmp_path, [0, 1], every_step=True)
     runs = load_trajectories(tmp_path, [0, 1])
-    growth = measure_growth(pipe, runs, [0, 1], [0, 5], lambda: None)
-    assert growth.shape == (2, 2) and (growth > 0).all()
-    filled = interpolate_growth(growth, [0, 5], 11)
+    growth = measure_growth(own, runs, [0, 1], [2, 5], lambda: None)
+    assert growth.shape == (2, 2)
+
+    N, factors = own.diffusion.num_timesteps, []  # of an error, in each step
+    for n in range(N):
+        t, x = torch.tensor([N - 1 - n]), torch.zeros(1, 1)
+        c = own.diffusion.at(t, x)
+        alpha, sigma = float(c.alpha), float(c.sigma)
+        by_x0 = float(x0_effect(own.diffusion, method, t, x))
+        rest = float(c.posterior_xt if method == "ddpm" else c.sigma_prev / c.sigma)
+        factors.append(rest + by_x0 * alpha * 0.3**2 / (alpha**2 * 0.3**2 + sigma**2))
+    sizes = runs.states.flatten(2).norm(dim=2)  # (2, N + 1)
+    for row, p in zip(growth, (2, 5), strict=True):
+        assert row.tolist() == pytest.approx(
+            (math.prod(factors[p:]) * sizes[:, p] / sizes[:, -1]).tolist(), rel=0.05
+        )  # of small errors, in fp32
+
+    filled = interpolate_growth(growth, [2, 5], 11)
     assert filled.shape == (11,) and filled[10] == 1
     assert filled[5] == pytest.approx(float(growth[1].log().mean().exp()))
-    assert min(filled[0], filled[5]) <= filled[2] <= max(filled[0], filled[5])
+    assert min(filled[2], filled[5]) <= filled[3] <= max(filled[2], filled[5])
+
+
+def test_growth_is_measured_at_states_that_a_stale_prediction_reaches():
+    for num_steps in (3, 6, 50, 250):
+        positions = growth_positions(num_steps, 6)
+        assert positions == sorted(set(positions)) and positions[0] == 2 and positions[-1] < num_steps
 
 
 def test_a_fit_through_every_step_repeats_the_reference(pipe, tmp_path):
     """With all steps evaluated, DDIM's own moves are among those that are fitted."""
     record(pipe, tmp_path, [0, 1, 2], every_step=True)
-    fit = fit_solver(pipe, tmp_path, [[0, 1], [2]], range(10), lambda: None)
+    candidate = fitted_candidate(pipe.cfg, "fitted", pipe.plan.timesteps, "")
+    fit = fit_moves(pipe, tmp_path, [[0, 1], [2]], candidate.plan, ALONE, lambda: None)
     assert max(fit.errors) < 1e-3
     assert fit.moves[0][2:] == [0, 0, 0] and all(len(move) == 5 for move in fit.moves)
+
+
+@pytest.mark.parametrize("kind", ["fitted", "fitted+cached", "fitted+unguided"])
+def test_a_fitted_sampler_ends_where_its_fit_ended(pipe, tmp_path, kind):
+    """The pipeline executes the plan of a fit on the same states: full, cached or unguided steps alike."""
+    record(pipe, tmp_path, [0, 1], every_step=True)
+    candidate = fitted_candidate(pipe.cfg, kind, pipe.plan.timesteps[::2], "")
+    fit = fit_moves(pipe, tmp_path, [[0, 1]], candidate.plan, ALONE, lambda: None)
+    latents = sample_latents(pipe, [0, 1], [0, 1], with_moves(candidate, fit.moves).plan)
+    reference = load_trajectories(tmp_path, [0, 1]).states[:, -1]
+    assert relative_l2(latents, reference).tolist() == pytest.approx(fit.errors, rel=1e-3)
+
+
+# Placed full steps
+
+
+@pytest.fixture(scope="module")
+def changes(pipe) -> FeatureChanges:
+    return measure_features(pipe, [[0, 1], [2]], 1, lambda: None)
+
+
+def test_products_of_deep_features_are_those_of_a_run(pipe, changes):
+    """Against the features of a model that is called step by step."""
+    kept: list[Tensor] = []
+
+    def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out, deep = full_step(pipe.model, 1, x, t, y)
+        kept.append(deep.flatten().double())
+        return out
+
+    gram = torch.zeros(10, 10, dtype=torch.float64)
+    for seeds in ([0, 1], [2]):
+        kept.clear()
+        sample_latents(replace(pipe, uncached=denoiser), seeds, [seed % 3 for seed in seeds])
+        features = torch.stack(kept)  # (10, 2B F T D)
+        gram += features @ features.T
+    assert np.array(changes.gram) == pytest.approx(gram.numpy(), rel=1e-5)
+
+
+def states_of(pipe: Pipeline, plan: Plan, seeds: list[int]) -> list[Tensor]:
+    """The states of a DDIM run after each step."""
+    loop = pipe.diffusion.sample_loop_progressive(
+        make_denoiser(pipe, plan),
+        (len(seeds), 4, 4, 4, 4),
+        clip_denoised=False,
+        model_kwargs={"y": torch.tensor(seeds) % 3},
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        method="ddim",
+    )
+    return [out["sample"] for out in loop]
+
+
+def test_sensitivity_foretells_the_error_of_a_cached_step(pipe, changes):
+    """The error that one cached step makes in the next state, to a factor of two."""
+    gram, exact = np.array(changes.gram), states_of(pipe, pipe.plan, [0, 1, 2])
+    for n in (2, 5, 8):
+        plan = build_plan(pipe.cfg, "", "ddim", pipe.plan.timesteps, [i != n for i in range(10)])
+        states = states_of(pipe, plan, [0, 1, 2])
+        foretold = changes.sensitivity[n] * math.sqrt(gram[n, n] - 2 * gram[n, n - 1] + gram[n - 1, n - 1])
+        assert 0.5 < relative(states[n], exact[n]) / foretold < 2
+
+
+def test_errors_of_a_gap_add_up_those_of_its_forecasts(changes):
+    """A few entries against forecasts written out."""
+    gram, growth = np.array(changes.gram), np.linspace(3, 1, 11)
+    vectors = np.linalg.cholesky(gram + 1e-9 * np.eye(10) * gram.max())  # rows with these products
+
+    def step(n: int, forecast: np.ndarray) -> float:
+        return growth[n + 1] * changes.sensitivity[n] * np.linalg.norm(forecast - vectors[n])
+
+    d = vectors
+    reuse, linear = gap_errors(changes, growth, 0), gap_errors(changes, growth, 1)
+    assert reuse[3, 2, 1] == 0 and np.isinf(reuse[3, 0, 1]) and np.isinf(reuse[8, 1, 3])
+    assert reuse[3, 2, 3] == pytest.approx(step(4, d[3]) + step(5, d[3]), rel=1e-3)
+    expected = step(4, 1.5 * d[3] - 0.5 * d[1]) + step(5, 2 * d[3] - d[1])
+    assert linear[3, 2, 3] == pytest.approx(expected, rel=1e-3)
+    assert linear[0, 0, 2] == pytest.approx(step(1, d[0]), rel=1e-3)
 
 
 def test_recorded_runs_are_the_samples(pipe, tmp_path):
@@ -188,10 +308,35 @@ def test_a_recipe_made_from_options_is_the_run_of_these_options_bit_for_bit(pipe
 
 
 def test_a_recipe_comes_back_from_its_file(pipe, tmp_path):
-    steps = (Step(999, (), (1.0, -0.5, 0.0, 0.0, 0.0)), Step(400, (1.5,), (0.9, -0.4, 0.1, 0.0, 0.02)))
-    recipe = make_recipe(pipe.cfg, FITTED, steps=steps, table=({"sampler": "ddim", "l2": 0.1},))
-    save_recipe(tmp_path / "r.json", recipe)
-    assert load_recipe(tmp_path / "r.json") == recipe
+    moves = (1.0, -0.5, 0.0, 0.0, 0.0), (0.9, -0.4, 0.1, 0.0, 0.02)
+    cached = Step(999, (), moves[0]), Step(400, (1.5,), moves[1])
+    unguided = Step(999, (), moves[0]), Step(400, (), moves[1], guided=False)
+    for steps in (cached, unguided):
+        recipe = make_recipe(pipe.cfg, FITTED, steps=steps, table=({"sampler": "ddim", "l2": 0.1},))
+        save_recipe(tmp_path / "r.json", recipe)
+        assert load_recipe(tmp_path / "r.json") == recipe
+
+
+def test_unguided_steps_run_the_labels_alone_and_cost_half(pipe, tmp_path):
+    """A recipe whose steps are all unguided is the run without guidance, for half of the MACs."""
+    plain, steps = make_recipe(pipe.cfg), pipe.plan.timesteps
+    save_recipe(tmp_path / "r.json", replace(plain, steps=tuple(Step(t, guided=False) for t in steps)))
+    unguided = with_options(pipe, recipe=str(tmp_path / "r.json"))
+    free = with_options(pipe, cfg_scale=1.0)
+    assert torch.equal(sample_latents(unguided, [5], [1]), sample_latents(free, [5], [1]))
+    assert unguided.plan.macs == free.plan.macs == count_macs(pipe.cfg, 10) // 2
+
+    mixed = tuple(Step(t, guided=n < 4) for n, t in enumerate(steps))
+    save_recipe(tmp_path / "r.json", replace(plain, steps=mixed))
+    rows_: list[int] = []
+
+    def counting(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        rows_.append(len(x))
+        return pipe.model(x, t, y)
+
+    half = replace(with_options(pipe, recipe=str(tmp_path / "r.json")), uncached=counting)
+    sample_latents(half, [5], [1])
+    assert rows_ == [2] * 4 + [1] * 6 and half.plan.macs * 20 == count_macs(pipe.cfg, 10) * 14
 
 
 @pytest.mark.parametrize(
@@ -207,6 +352,7 @@ def test_a_recipe_comes_back_from_its_file(pipe, tmp_path):
         ({"solver": "fitted"}, "step t=999 has 0 coefficients"),
         ({"steps": [{"t": 10, "move": [1, 2]}]}, "step t=10 has 2 coefficients"),
         ({"steps": [{"t": 10}, {"t": 5, "feature": [float("nan")]}]}, "a number that is not finite"),
+        ({"steps": [{"t": 9}, {"t": 5, "feature": [1]}, {"t": 1, "guided": False}]}, "step t=1 is not guided"),
         ({"format": 2}, "of another format than 1"),
         ({"steps": None}, "is no recipe"),
         ({"unknown": 1}, "is no recipe"),
@@ -280,29 +426,29 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
     command = ["--config", tiny, f"output={out}", "budgets=[0.5]", "num_calibration=3", "num_clips=4"]
     run(monkeypatch, calibrate, *command)
     text = (out / "calibrate.md").read_text()
-    assert "ddim, 3 steps" in text and "fitted, 3 steps, growth^1" in text and "N" in text
+    assert all(f" {kind} |" in text for kind in ("plain", "fitted", "fitted+cached", "fitted+unguided"))
     recipe = load_recipe(out / "recipe-50.json")
     chosen = next(row for row in recipe.table if row["chosen"])
-    assert chosen["share"] <= 0.5 and len(recipe.table) >= 5 and recipe.reference["num_sampling_steps"] == 6
+    assert chosen["share"] <= 0.5 and len(recipe.table) >= 7 and recipe.reference["num_sampling_steps"] == 6
 
     cfg = resolve(load_config(SampleConfig, tiny, [f"recipe={out}/recipe-50.json"]), CPU)
     by_recipe, seeds = load(cfg, CPU), [30000, 30001]
     reference = load_trajectories(out / "trajectories", seeds).states[:, -1]
     latents = sample_latents(by_recipe, seeds, [seed % 3 for seed in seeds])
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "results/0.jsonl").read_text().splitlines()]
     measured = next(line for line in lines if line["candidate"] == chosen["sampler"] and line["seeds"] == seeds)
     for i in range(2):
         assert measured["l2"][i] == pytest.approx(relative(latents[i], reference[i]), rel=1e-4)
 
-    tables, results = recipe.table, (out / "results.jsonl").read_text()
+    tables, results = recipe.table, (out / "results/0.jsonl").read_text()
     with monkeypatch.context() as patch:
-        for name in ("record", "measure", "fit_solver", "measure_growth"):
-            patch.setattr(calibrate, name, lambda *args: pytest.fail("all was there"))
+        for name in ("record", "measure", "fit_moves", "measure_growth", "measure_features"):
+            patch.setattr(calibration, name, lambda *args: pytest.fail("all was there"))
         run(monkeypatch, calibrate, *command)
     assert load_recipe(out / "recipe-50.json").table == tables
-    (out / "results.jsonl").write_text(results[:-40])
+    (out / "results/0.jsonl").write_text(results[:-40])
     run(monkeypatch, calibrate, *command)
-    assert len((out / "results.jsonl").read_text().splitlines()) == len(lines)
+    assert len((out / "results/0.jsonl").read_text().splitlines()) == len(lines)
     for change, difference in (("cfg_scale=3", r"cfg_scale=2\.0, not 3\.0"), ("num_calibration=4", "=3, not 4")):
         with pytest.raises(UserError, match=f"output: .*made with .*{difference}"):
             run(monkeypatch, calibrate, *command, change)
@@ -311,11 +457,10 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("sample_method=ddpm", "ddpm with eta=0 draws noise at every step; valid: ddim, dpmsolver\\+\\+, unipc"),
-        ("eta=0.5", "ddim with eta=0.5 draws noise"),
+        ("eta=0.5", "eta: 0.5 draws other noise in every sampler"),
         ("budgets=[0.1]", "budgets: 0.1 of 6 steps is less than two steps"),
         ("budgets=[1.5]", "budgets: 1.5 is more than 1"),
-        ("budgets=[0.5,1]", "budgets: 1 pays for the reference itself; give shares below 1"),
+        ("budgets=[0.5,1]", "budgets: 1 pays for the options' own sampler; give shares below 1"),
         ("held_out_seed=20001", "these seeds are also held out"),
         ("num_clips=1", "num_clips: 1 is less than 2"),
     ],
@@ -325,19 +470,81 @@ def test_calibrations_that_make_no_sense_are_one_line(tiny, tmp_path, monkeypatc
         run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", option)
 
 
-def test_calibration_is_one_process(tiny, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process, but torchrun started 2"):
-        run(monkeypatch, calibrate, "--config", tiny)
+@pytest.mark.parametrize("option", [["target=converged"], ["sample_method=ddpm"]])
+def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
+    """A converged sample takes fewer of the target's own steps; a sampler that draws noise has cached plans alone."""
+    sizes = ["num_sampling_steps=12", "budgets=[0.7]", "num_calibration=2", "num_clips=2", "num_climbs=1"]
+    run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", *sizes, *option)
+    recipe = load_recipe(tmp_path / "recipe-70.json")
+    kinds = {row["kind"] for row in recipe.table}
+    states = load_trajectories(tmp_path / "trajectories", [20000]).states
+    if option == ["target=converged"]:
+        assert kinds == {"plain", "interval", "placed", "fitted", "fitted+cached", "fitted+unguided"}
+        assert states.shape[1] == 101
+    else:
+        assert kinds == {"interval", "placed"} and recipe.solver == "ddpm" and len(recipe.steps) == 12
+        assert states.shape[1] == 13
+    cfg = resolve(load_config(SampleConfig, tiny, [f"recipe={tmp_path}/recipe-70.json", *option[:0]]), CPU)
+    assert sample_latents(load(cfg, CPU), [1], [1]).isfinite().all()
+
+
+def test_a_psnr_is_reached_at_the_least_cost(tiny, tmp_path, monkeypatch, capsys):
+    """One step less than what bisection found does not reach it; what no budget reaches is one line."""
+    sizes = ["num_calibration=2", "num_clips=2", "num_climbs=0", f"output={tmp_path}"]
+    run(monkeypatch, calibrate, "--config", tiny, *sizes, "min_psnr=60")
+    recipe = load_recipe(tmp_path / "recipe-60dB.json")
+    chosen = next(row for row in recipe.table if row["chosen"])
+    lines = [json.loads(line) for line in (tmp_path / "results/0.jsonl").read_text().splitlines()]
+    psnr = {line["candidate"]: np.mean(line["psnr"]) for line in lines if line["seeds"] == [20000, 20001]}
+    assert psnr[chosen["sampler"]] >= 60
+    cheaper = [p for name, p in psnr.items() if name.startswith(f"fitted, {len(recipe.steps) - 1} steps, g")]
+    assert cheaper and max(cheaper) < 60
+    with pytest.raises(UserError, match=r"min_psnr: 99 dB is out of reach; 5 of 6 steps' MACs give \d+\.\d dB"):
+        run(monkeypatch, calibrate, "--config", tiny, *sizes, "min_psnr=99")
+
+
+def test_two_processes_find_the_recipe_that_one_finds(tiny, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    sizes = ["budgets=[0.6]", "num_calibration=5", "num_clips=4", "num_climbs=2"]
+    command = [calibrate.__file__, "--config", str(tiny), *sizes]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for launcher, name in (([sys.executable], "one"), (torchrun, "two")):
+        argv = [*launcher, *command, f"output={tmp_path}/{name}"]
+        result = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / f"{name}/recipe-60.json").read_text()) for name in ("one", "two"))
+    assert [step["t"] for step in one["steps"]] == [step["t"] for step in two["steps"]]
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert a.get("move", []) == pytest.approx(b.get("move", []), rel=1e-6)
+    assert [row["sampler"] for row in one["table"]] == [row["sampler"] for row in two["table"]]
+    assert (tmp_path / "two/results/1.jsonl").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["sample_method=ddpm"], ["target=converged"]])
+def test_the_work_that_a_dry_run_tells_is_what_is_done(tiny, tmp_path, monkeypatch, capsys, options):
+    """Rows times cost of all calls of the model, in full guided steps, to 20 %."""
+    sizes = ["num_sampling_steps=20", "budgets=[0.75]", "num_calibration=3", "num_clips=3", "num_climbs=2"]
+    done, latte = 0.0, Latte.run
+
+    def counting(self: Latte, layers: range, x: Tensor, *rest, **more):
+        nonlocal done
+        done += len(x) * len(layers) / self.num_layers / 2  # guidance: two rows a clip
+        return latte(self, layers, x, *rest, **more)
+
+    monkeypatch.setattr(Latte, "run", counting)
+    run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", *sizes, *options)
+    cfg = resolve(load_config(calibrate.CalibrateConfig, tiny, [*sizes, *options]), CPU)
+    assert work(cfg) == pytest.approx(done, rel=0.2)
 
 
 def test_a_dry_run_says_what_the_calibration_takes(tiny, monkeypatch, capsys):
     run(monkeypatch, calibrate, "--config", tiny, "--dry-run", "num_calibration=3", "num_clips=4", "budgets=[0.5]")
     text = capsys.readouterr().out
-    assert "# calibration: 3 clips, 4 held out, budgets [0.5]" in text and "# work: at most " in text
+    assert "# calibration: twin, 3 clips, 4 held out, budgets [0.5]" in text and "# work: " in text
+    assert "GB a process; disk: " in text
     cfg = load_config(calibrate.CalibrateConfig, tiny, ["num_calibration=3"])
     values = cfg.num_frames * 4 * (cfg.image_size // 8) ** 2 * (2 * cfg.num_sampling_steps + 1)
-    assert f"# disk: {3 * values * 4 / 1e6:,.1f} MB of recorded runs" in text
+    assert disk_bytes(cfg) == 3 * values * 4
 
 
 def test_ratios_are_paired_and_their_interval_is_students():
