@@ -1,6 +1,9 @@
-"""Tables as Markdown, padded so that the source is legible too."""
+"""Tables as Markdown, padded so that the source is legible too, and as CSV."""
 
+import csv
 from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import Any
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -18,3 +21,12 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
         for cells in (lines[0], ruler, *lines[1:])
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns CSV with a header and a line per mapping of column titles to values; a missing value is empty."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(title for row in rows for title in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

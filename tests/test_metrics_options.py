@@ -22,7 +22,11 @@ REFUSED = [
     (EvaluateConfig, "num_workers=-1", "num_workers: -1 is less than 0"),
     (EvaluateConfig, "max_bad_fraction=1.5", "max_bad_fraction: 1.5 is outside 0 ... 1"),
     (EvaluateConfig, "max_bad_fraction=nan", "max_bad_fraction: nan is not a finite number"),
-    (EvaluateConfig, "resize_filter=x", "resize_filter: 'x' is unknown; valid: bilinear, bicubic, lanczos"),
+    (
+        EvaluateConfig,
+        "resize_filter=x",
+        "resize_filter: 'x' is unknown; valid: bilinear, bicubic, lanczos, lanczos-first",
+    ),
     (EvaluateConfig, "video_reader=x", "video_reader: 'x' is unknown; valid: pyav, decord"),
     (ResponseConfig, "real_stride=0", "real_stride: 0 is less than 1"),
     (ResponseConfig, "image_size=0", "image_size: 0 is less than 1"),

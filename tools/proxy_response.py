@@ -41,6 +41,7 @@ from configs.tables import markdown_table
 from models.hardware import default_device
 from tools.metrics.clips import VideoFiles
 from tools.metrics.efficientnet import load_proxy
+from tools.metrics.protocols import fill_in
 from tools.metrics.scores import frechet_distance
 
 SPLITS = 20
@@ -128,7 +129,7 @@ def response_table(source: VideoFiles, device: torch.device) -> str:
 
 def main() -> None:
     args = parser.parse_args()
-    cfg = load_config(ResponseConfig, args.config, args.overrides)
+    cfg = fill_in(load_config(ResponseConfig, args.config, args.overrides))
     source = VideoFiles(cfg, "real_path", cfg.num_real, cfg.real_stride)
     if args.dry_run:
         return cli.dry_run(cfg, [f"{len(source)} videos in {source.root}"])

@@ -15,13 +15,11 @@ clips/ grows during the run. The same command again measures only what is missin
 only what it adds.
 """
 
-import csv
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +47,7 @@ if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
 from configs.files import write_text
-from configs.tables import markdown_table
+from configs.tables import csv_table, markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
 from sample.plans import UNCACHED, Plan, plan_name
@@ -114,11 +112,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             for metric, interval in row[f"{role}_control"].items():
                 line |= {f"{role}_{metric}_control_{key}": value for key, value in interval.items()}
         lines.append(line)
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_table(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

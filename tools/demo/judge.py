@@ -68,6 +68,7 @@ from models.autoencoder import LatentCodec, find_weights
 from models.hardware import describe_machine
 from sample.folder import labelled_clips
 from tools.demo.classifier import train_classifier
+from tools.metrics.statistics import wilson
 
 LEVELS = 127.5  # grey levels in one unit of [-1, 1]
 USABLE = 0.95  # accuracy on real test clips below which the scores of samples mean nothing
@@ -165,13 +166,6 @@ def load_clips(files: ClipFiles, cfg: JudgeConfig, interval: int) -> Clips:
             raise UserError(f"{path}: {len(frames)} frames at interval {interval}, num_frames={cfg.num_frames} needed")
         videos.append(square(frames, cfg.image_size, flip=False) / 127.5 - 1)
     return Clips(videos, torch.tensor(files.labels), [str(path) for path in files.paths])
-
-
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of the share hits / total; z = 1.96: 95 %."""
-    centre = (hits + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * math.sqrt(hits * (total - hits) / total + z * z / 4)
-    return centre - half, centre + half
 
 
 def nearest(x: Tensor, train: Clips, itself: bool) -> tuple[Tensor, Tensor]:

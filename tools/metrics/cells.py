@@ -40,6 +40,7 @@ from tools.metrics.detectors import find_detector, load_output
 from tools.metrics.features import Features, extract
 from tools.metrics.options import ClipOptions, MeasureConfig
 from tools.metrics.pairs import PAIR_METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
+from tools.metrics.protocols import fill_in
 from tools.metrics.scores import change_of_distance, distance_to_real
 from tools.metrics.statistics import GROUPS, difference_interval, interval_text, plus_minus, ratio_interval
 
@@ -297,7 +298,7 @@ def read_lines(folder: Path) -> dict[str, Measured]:
 def real_clips(cfg: MeasureConfig) -> VideoFiles:
     """All clips in `real_path`, as tools/evaluate.py reads them."""
     shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
-    return VideoFiles(ClipOptions(**shared), "real_path", sys.maxsize, cfg.real_stride)
+    return VideoFiles(fill_in(ClipOptions(**shared)), "real_path", sys.maxsize, cfg.real_stride)
 
 
 def proxy_network(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -311,8 +312,8 @@ def real_features(source: VideoFiles, env: Environment) -> Features:
     Raises:
         UserError: fewer than two of the videos can be used, or too many are broken.
     """
-    features, report = extract(source, {"proxy": proxy_network(env.device)}, source.cfg, env)
-    return Features(features, source.describe() | report)
+    found = extract(source, {"proxy": proxy_network(env.device)}, source.cfg, env)
+    return found._replace(report=source.describe() | found.report)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
-"""The networks behind the metrics: published TorchScript files, fetched once and called as StyleGAN-V does; the proxy.
+"""The networks behind the metrics: TorchScript files, fetched once and called as options.DETECTORS says; our own.
 
-The published ones take uint8 pixels and resize them to their own input size.
 Letters: B batch, F frames, N rows (B for clips, B F for single frames), D width of the features.
 """
 
@@ -12,57 +11,14 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs import UserError
 from configs.files import file_hash
 from models.download import download
 from tools.metrics.efficientnet import efficientnet_file, load_proxy
-
-
-class Detector(NamedTuple):
-    """A published file of a detector."""
-
-    url: str
-    sha256: str | None  # None: no public source states it
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(urlparse(self.url).path).name
-
-
-DETECTORS = {
-    # StyleGAN-V's port of FVD's Kinetics-400 I3D; SHA-256: Stability-AI/SemanTok, scripts/download_eval_models.sh
-    "i3d": Detector(
-        "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
-        "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
-    ),
-    # NVIDIA's port of FID's Inception; SHA-256: crowsonkb/k-diffusion, k_diffusion/evaluation.py
-    "inception": Detector(
-        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-    ),
-    # StyleGAN-V's port of TGAN2's C3D, trained on UCF101
-    "c3d": Detector("https://www.dropbox.com/s/jxpu7avzdc9n97q/c3d_ucf101.pt?dl=1", None),
-}
-
-
-class Output(NamedTuple):
-    """One output of a detector, and how the detector is called for it."""
-
-    detector: str
-    by_frame: bool = False
-    width: int | None = None  # D of features; None: class probabilities
-    options: dict[str, bool] = {}  # of the call
-
-
-OUTPUTS = {
-    "proxy": Output("proxy", width=80),
-    "i3d": Output("i3d", width=400, options=dict(rescale=True, resize=True, return_features=True)),
-    "inception": Output("inception", by_frame=True, width=2048, options=dict(return_features=True)),
-    "inception_classes": Output("inception", by_frame=True, options=dict(no_output_bias=True)),
-    "c3d_classes": Output("c3d"),
-}
+from tools.metrics.options import DETECTOR_OF, DETECTORS, OUTPUTS, Pixels
 
 
 class DetectorFile(NamedTuple):
@@ -71,6 +27,11 @@ class DetectorFile(NamedTuple):
     path: str
     sha256: str
     published: bool | None  # whether it is the published file; None: unknown
+
+
+def file_name(url: str) -> str:
+    """The name of the file at a URL."""
+    return PurePosixPath(urlparse(url).path).name
 
 
 def find_detector(name: str, given: str | None, folder: Path) -> DetectorFile:
@@ -82,7 +43,11 @@ def find_detector(name: str, given: str | None, folder: Path) -> DetectorFile:
     if name == "proxy":
         return DetectorFile(str(efficientnet_file()), file_hash(efficientnet_file()), None)
     detector = DETECTORS[name]
-    path = Path(given) if given else folder / detector.name
+    if not detector.is_file:
+        return DetectorFile("", "", None)
+    if not given and not detector.url:
+        raise UserError(f"{name}: not published as TorchScript: give {name}=FILE, see tools/README.md")
+    path = Path(given) if given else folder / file_name(detector.url)
     if given and not path.is_file():
         raise UserError(f"{name}: no file {path}")
     if not path.exists():
@@ -109,7 +74,10 @@ def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable
         UserError: the file is no TorchScript. The function raises it if the network cannot be called as this detector,
             or returns something else.
     """
-    detector, by_frame, width, options = OUTPUTS[name]
+    detector, output = DETECTOR_OF[name], OUTPUTS[name]
+    by_frame, width, pixels = output.by_frame, output.width, DETECTORS[detector].pixels
+    if name == "motion":
+        return motion_rows
     if name == "proxy":
         proxy = load_proxy(device)
         return lambda clips: proxy(clips / 127.5 - 1)[:, None]
@@ -124,9 +92,12 @@ def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable
     @torch.jit.optimized_execution(False)
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def rows(clips: Tensor) -> Tensor:
-        x = clips.flatten(0, 1) if by_frame else clips.transpose(1, 2)  # (B F, 3, H, W) | (B, 3, F, H, W)
+        x = clips.to(device)
+        if pixels:
+            x = resize_and_scale(x, pixels)
+        x = x.flatten(0, 1) if by_frame else x.transpose(1, 2)  # (B F, 3, H, W) | (B, 3, F, H, W)
         try:
-            y = net(x.to(device), **options)  # (N, D)
+            y = net(x, **output.options)  # (N, D)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -140,3 +111,21 @@ def load_output(name: str, file: DetectorFile, device: torch.device) -> Callable
         return y.float().unflatten(0, (len(clips), -1))  # (B, 1 or F, D)
 
     return rows
+
+
+def resize_and_scale(clips: Tensor, pixels: Pixels) -> Tensor:
+    """Clips (B, F, 3, H, W) uint8 as a detector takes them: (B, F, 3, size, size) in fp32."""
+    x = clips.flatten(0, 1).float() / 255
+    x = F.interpolate(x, (pixels.size, pixels.size), mode="bilinear", align_corners=False)  # as content-debiased FVD
+    mean, std = (x.new_tensor(each)[:, None, None] for each in (pixels.mean, pixels.std))
+    return ((x - mean) / std).unflatten(0, clips.shape[:2])
+
+
+def motion_rows(clips: Tensor) -> Tensor:
+    """The motion of clips (B, F, 3, H, W) uint8 between neighbouring frames, (B, F - 1, 2), in grey levels.
+
+    The mean |difference|, and the mean of the largest 5 % of it (averaged over colours), which sees small things move.
+    """
+    change = clips.float().diff(dim=1).abs().mean(2).flatten(2)  # (B, F - 1, H W)
+    largest = change.topk(max(1, change.shape[-1] // 20)).values
+    return torch.stack([change.mean(2), largest.mean(2)], dim=2).cpu()

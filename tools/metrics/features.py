@@ -5,7 +5,7 @@ Letters: N clips, n rows of features a clip (1, or one a frame), D width, B batc
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,14 @@ from datasets.clips import summary
 from datasets.readers import BadClip
 from sample.distributed import Environment
 from tools.metrics.clips import SampledClips, ShortClip, VideoFiles
-from tools.metrics.detectors import OUTPUTS, DetectorFile
-from tools.metrics.options import ClipOptions, EvaluateConfig
+from tools.metrics.detectors import DetectorFile
+from tools.metrics.options import DETECTOR_OF, OUTPUTS, ClipOptions, EvaluateConfig
 
-# The options that settle the features of a real set.
-KEPT_BY = ("num_real", "num_frames", "real_stride", "image_size", "resize_filter", "seed", "video_reader")
-VERSION = 1  # of kept features; raise it when the code computes other features from the same files
+# The options that settle the features of all frames, and those of clips.
+FRAMES_KEPT_BY = ("first_frames", "image_size", "resize_filter", "jpeg", "video_reader")
+CLIPS_KEPT_BY = (*FRAMES_KEPT_BY, "num_real", "num_frames", "real_stride", "order", "seed")
+SHOWN = 8  # clips whose pixels are kept
+VERSION = 2  # of kept features; raise it when the code computes other features from the same files
 
 Networks = dict[str, Callable[[Tensor], Tensor]]  # output -> function from (B, F, 3, S, S) uint8 to (B, n, D)
 
@@ -35,6 +37,7 @@ class Features(NamedTuple):
 
     rows: dict[str, Tensor]  # output -> (N, n, D)
     report: dict[str, Any]
+    shown: Sequence[Tensor] = ()  # the first clips, (F, 3, S, S) uint8 each, on the first process
 
 
 def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOptions, env: Environment) -> Features:
@@ -47,6 +50,7 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
     """
     rows: list[dict[str, Tensor]] = []  # by batch: output -> (B, n, D)
     failed: list[BadClip] = []
+    shown: list[Tensor] = []
     clips, seen = 0, 0
     while clips < source.wanted and seen < len(source):  # again: other clips replace those that failed
         indices = range(seen, min(seen + source.wanted - clips, len(source)))
@@ -56,6 +60,7 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
         found = []
         for batch, read in zip(share, reading, strict=True):
             usable = [clip for clip in read if isinstance(clip, Tensor)]
+            shown += usable[: SHOWN - len(shown)]
             outputs = {name: network(torch.stack(usable)).cpu() for name, network in networks.items() if usable}
             found.append((batch.start, outputs, [clip for clip in read if isinstance(clip, BadClip)]))
         for _, outputs, bad in sorted(env.gather(found), key=lambda batch: batch[0]):
@@ -71,7 +76,39 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
         hint = f" ({short[0]}: num_frames x stride)" if short else ""
         raise UserError(f"{source.key}: {clips} clips where two are needed: {len(short)} videos are too short{hint}")
     report = {"read": seen, "clips": clips, "too_short": len(short), "broken": broken}
-    return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report)
+    return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report, shown)
+
+
+def scatter_of_frames(source: VideoFiles, networks: Networks, cfg: ClipOptions, env: Environment) -> Features:
+    """The sums of [1, x] [1, x]' (1, D + 1, D + 1), float64, over the features x of all frames of all videos.
+
+    The rows of millions of frames would not fit into memory; their mean and covariance follow from these sums.
+
+    Args:
+        source: gives whole videos.
+
+    Raises:
+        UserError: too many videos are broken.
+    """
+    sums: dict[str, Tensor] = {}
+    broken: list[str] = []
+    share = [[i] for i in range(len(source))][env.rank :: env.world_size]
+    for (clip,) in tqdm(source.batches(share), "all frames", len(share), unit="video", disable=not env.is_main):
+        if isinstance(clip, BadClip):
+            broken.append(str(clip))
+            continue
+        for piece in clip.split(cfg.batch_size * cfg.num_frames):
+            for name, network in networks.items():
+                x = network(piece[None])[0].double()  # (n, D)
+                x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+                sums[name] = sums.get(name, 0) + (x.T @ x).cpu()
+    broken = env.gather(broken)
+    check_broken(source.key, broken, len(source), cfg)
+    if len(broken) == len(source):
+        raise UserError(f"{source.key}: none of {len(source)} videos can be read")
+    total = {name: sum(part[name] for part in env.gather([sums]) if name in part)[None] for name in networks}
+    frames = int(next(iter(total.values()))[0, 0, 0])
+    return Features(total, {"read": len(source), "frames": frames, "broken": broken})
 
 
 def check_broken(key: str, broken: list[str], seen: int, cfg: ClipOptions) -> None:
@@ -84,12 +121,17 @@ def check_broken(key: str, broken: list[str], seen: int, cfg: ClipOptions) -> No
 def real_features(
     source: VideoFiles, networks: Networks, found: dict[str, DetectorFile], cfg: EvaluateConfig, env: Environment
 ) -> Features:
-    """Features of the real set, kept in `feature_path` for the next run. Only the first process surely has them."""
+    """Features of the real set, kept in `feature_path` for the next run. Only the first process surely has them.
+
+    Args:
+        source: clips, for `extract`; or whole videos, for `scatter_of_frames`.
+    """
+    compute, kept_by = (extract, CLIPS_KEPT_BY) if source.stride else (scatter_of_frames, FRAMES_KEPT_BY)
     files: dict[str, Path] = {}
     if cfg.feature_path:
-        facts = [VERSION, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in KEPT_BY)]
+        facts = [VERSION, compute.__name__, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in kept_by)]
         for name in networks:
-            key = json.dumps([*facts, OUTPUTS[name], found[OUTPUTS[name].detector].sha256])
+            key = json.dumps([*facts, OUTPUTS[name], found[DETECTOR_OF[name]].sha256])
             files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if files and env.from_first(lambda: all(file.exists() for file in files.values())):
         if not env.is_main:
@@ -99,7 +141,7 @@ def real_features(
         check_broken(source.key, report["broken"], report["read"], cfg)
         return Features({name: load_file(file)["rows"] for name, file in files.items()}, report)
 
-    features = extract(source, networks, cfg, env)
+    features = compute(source, networks, cfg, env)
     if env.is_main:
         for name, file in files.items():
             with atomic_path(file) as temporary:

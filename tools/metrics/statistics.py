@@ -36,6 +36,14 @@ def plus_minus(summary: dict[str, Any] | None, digits: int) -> str:
     return f"{summary['mean']:.{digits}f}{margin}"
 
 
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """Wilson's interval of the share hits / total."""
+    z = 1.96  # of 95 %
+    centre = (hits + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(hits * (total - hits) / total + z * z / 4)
+    return centre - half, centre + half
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs: two ways to sample, measured on the same seeds
 # ---------------------------------------------------------------------------------------------------------------------
