@@ -20,7 +20,7 @@ from configs.errors import UserError, choice, suggest
 from configs.original import translate
 
 ROOT = Path(__file__).resolve().parent.parent  # relative paths in a YAML file start here
-PLAN_FORM = "N<interval>[-<start>-<stop>][-b<depth>][-o<order>]"  # CacheOptions on the command line
+PLAN_FORM = "N<interval>[-<start>-<stop>] or 0,<step>,..., then [-b<depth>][-o<order>]"  # CacheOptions as text
 COMMAND_LINE = "command line"  # named in errors about options that no file holds
 SOURCE_HINTS = {  # how to get a missing file
     "ckpt": "published weights: python pretrained/download_ckpts.py",
@@ -154,7 +154,7 @@ class DiffusionOptions:
     diffusion_steps: int = option(1000, "number of timesteps in training", least=2)
 
 
-@dataclass(kw_only=True, unsafe_hash=True)
+@dataclass(kw_only=True)
 class CacheOptions:
     """Skip-Cache: which steps run in full, and which layers run on every step."""
 
@@ -167,6 +167,21 @@ class CacheOptions:
     order: int = option(
         0, "order of the polynomial forecast of the deep feature; 0: reuse, as in the paper", least=0, most=3
     )
+    full_steps: list[int] | None = option(
+        None, "numbers of the full steps, 0, ..., in place of interval, start and stop", least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.full_steps is not None:  # equal plans are equal options
+            self.interval, self.start, self.stop = None, CacheOptions.start, CacheOptions.stop
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @property
+    def is_off(self) -> bool:
+        """Whether all steps run in full, whatever their number."""
+        return self.interval == 1
 
 
 @dataclass(kw_only=True)
@@ -315,6 +330,8 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     """
     values = _check_keys(schema, _read_yaml(path), path) if path else {}
     changes = _parse_overrides(schema, overrides)
+    if "interval" in (cache := changes.get("cache") or {}):  # in place of the file's list
+        cache.setdefault("full_steps", None)
     _anchor_paths(schema, changes, Path.cwd())
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values, changes))

@@ -28,6 +28,11 @@ class Guided:
     def __post_init__(self) -> None:
         self._calls = iter(self.guided)
 
+    @property
+    def steps_left(self) -> int | None:
+        """That of a `denoiser` made for one run; None for others."""
+        return getattr(self.denoiser, "steps_left", None)
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, C or 2C, H, W), in fp32 when guided."""
         if not next(self._calls) or self.scale == 1:

@@ -152,8 +152,14 @@ def sample_loop_progressive(
         method: a key of SAMPLERS, or a function like its values, such as partial(linear_multistep, moves).
 
     Raises:
-        UserError: `method` is unknown, or `eta` is outside 0 ... 1.
+        UserError: `method` is unknown, `eta` is outside 0 ... 1, or `model` is a SkipCache of another number of steps.
     """
+    left = getattr(model, "steps_left", None)  # of a SkipCache, which lives for one run
+    if left not in (None, diffusion.num_timesteps):
+        raise UserError(
+            f"the SkipCache has {left} steps left, the run has {diffusion.num_timesteps}: make a new one for each run, "
+            "with a plan of as many steps"
+        )
     sampler = method if callable(method) else SAMPLERS[choice("sample_method", method, SAMPLERS)]
     x = randn_per_sample(shape, generators, device) if noise is None else noise.to(device, torch.float32)
     step = sampler(diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)

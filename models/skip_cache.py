@@ -44,6 +44,15 @@ def interval_plan(timesteps: Sequence[int], interval: int, start: int = 900, sto
     return plan
 
 
+def explicit_plan(full_steps: Sequence[int], num_steps: int) -> list[bool]:
+    """Returns the plan in which the steps of these numbers, 0 ... `num_steps` - 1 in sampling order, run in full."""
+    if list(full_steps) != sorted({0, *full_steps}):
+        raise UserError(f"cache.full_steps: {list(full_steps)} must begin with 0, which has nothing to reuse, and rise")
+    if full_steps[-1] >= num_steps:
+        raise UserError(f"cache.full_steps: {full_steps[-1]} is no step of {num_steps}, 0 ... {num_steps - 1}")
+    return [step in full_steps for step in range(num_steps)]
+
+
 def forecast_weights(plan: Sequence[bool], order: int) -> list[list[float]]:
     """Returns, for each step, the weights of the last full steps' deep features, newest first; [] for a full step.
 
@@ -137,12 +146,19 @@ class SkipCache:
         self.model, self.depth = model, depth
         self.full_step, self.cached_step = steps
         weights = forecast_weights(plan, order) if weights is None else weights
-        self.weights = iter(weights)  # one entry per call
+        self.weights = deque(weights)  # of the steps to come
         self.deep: deque[Tensor] = deque(maxlen=max(1, *map(len, weights)))  # (B, F, T, D) each, newest first
+
+    @property
+    def steps_left(self) -> int:
+        """The number of steps to come; a sampling loop checks that it runs as many."""
+        return len(self.weights)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, 2C, H, W)."""
-        weights = next(self.weights)
+        if not self.weights:
+            raise UserError("this SkipCache has run all steps of its plan: make a new one for each run")
+        weights = self.weights.popleft()
         if not weights:  # a full step
             out, deep = self.full_step(self.model, self.depth, x, t, y)
             self.deep.appendleft(deep)

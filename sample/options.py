@@ -37,7 +37,9 @@ def make_parser(doc: str) -> Parser:
 
 def add_cache_flag(parser: Parser) -> None:
     """Adds the flag --cache, which takes plans."""
-    parser.add_argument("--cache", nargs="+", default=[], metavar="PLAN", help=f"{PLAN_FORM}, such as N2-900-50")
+    parser.add_argument(
+        "--cache", nargs="+", default=[], metavar="PLAN", help=f"{PLAN_FORM}, such as N2-900-50, N4-o1 or 0,1,4,9"
+    )
 
 
 def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[SampleConfig, list[Plan]]":

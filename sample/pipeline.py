@@ -27,8 +27,10 @@ from models.checkpoint import load_checkpoint
 from models.hardware import DTYPES, choose_precision, fastest_attention
 from models.latte import Latte
 from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
-from sample.plans import Plan, make_plan
+from sample.plans import UNCACHED, Plan, make_plan
 from sample.recipes import check_recipe
+
+WARM_UP_STEPS = 4
 
 
 def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
@@ -94,6 +96,12 @@ def with_options(pipe: Pipeline, **changes: Any) -> Pipeline:
     """Returns a pipeline of the same weights with other SamplerOptions: `with_options(pipe, num_sampling_steps=20)`."""
     cfg = replace(pipe.cfg, **{"recipe": None} | changes)
     return replace(pipe, cfg=cfg, diffusion=make_diffusion(cfg, cfg.num_sampling_steps), plan=make_plan(cfg))
+
+
+def shortened(pipe: Pipeline, plan: Plan) -> Pipeline:
+    """Returns a pipeline of a few steps, full and cached like those of `plan`, to warm up before runs are timed."""
+    cache = replace(plan.cache, full_steps=[0]) if plan.cached_steps else UNCACHED
+    return with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=cache)
 
 
 def generate(

@@ -3,6 +3,7 @@
 `parse_plan` reads --cache, `make_plan` computes the plan of some options, and `describe_plan` puts it into words.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +16,11 @@ from configs.errors import UserError
 from diffusion import make_diffusion
 from models import model_dimensions, parse_name
 from models.macs import count_parameters, readable, step_macs
-from models.skip_cache import check_cache_depth, forecast_weights, interval_plan
+from models.skip_cache import check_cache_depth, explicit_plan, forecast_weights, interval_plan
 from sample.recipes import FITTED, Recipe, load_recipe
 
 UNCACHED = CacheOptions(interval=1)
+LONGEST_NAME = 32  # characters of a plan's name, which names folders
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Plan:
         """Returns the plan for a JSON record; `steps` has a letter per step, F for full and c for cached."""
         return {
             "name": self.name,
+            "text": plan_text(self.cache),
             "cache": asdict(self.cache),
             "solver": self.solver,
             "steps": "".join("F" if full else "c" for full in self.full),
@@ -72,21 +75,35 @@ def parse_plan(text: str) -> CacheOptions:
     if text == "uncached":
         return UNCACHED
     match = re.fullmatch(
-        r"N(?P<interval>\d+)(-(?P<start>\d+)-(?P<stop>\d+))?(-b(?P<depth>\d+))?(-o(?P<order>\d+))?", text
+        r"(N(?P<interval>\d+)(-(?P<start>\d+)-(?P<stop>\d+))?|(?P<full_steps>0(,\d+)*))"
+        r"(-b(?P<depth>\d+))?(-o(?P<order>\d+))?",
+        text,
     )
     if not match:
-        raise UserError(f"--cache {text}: expected {PLAN_FORM}, such as N2-900-50 or N4-o1")
-    return CacheOptions(**{key: int(value) for key, value in match.groupdict().items() if value is not None})
+        raise UserError(f"--cache {text}: expected {PLAN_FORM}, such as N2-900-50, N4-o1 or 0,1,4,9")
+    options: dict[str, Any] = {key: value for key, value in match.groupdict().items() if value is not None}
+    steps = options.pop("full_steps", None)
+    options = {key: int(value) for key, value in options.items()}
+    return CacheOptions(**options, full_steps=steps and [int(step) for step in steps.split(",")])
 
 
-def plan_name(cache: CacheOptions) -> str:
-    """Returns the shortest text that `parse_plan` reads as `cache`: uncached, N2, N2-800-100-b3, N4-o1, ..."""
-    if cache.interval == 1:
+def plan_text(cache: CacheOptions) -> str:
+    """Returns the shortest text that `parse_plan` reads as `cache`: uncached, N2, N2-800-100-b3, 0,1,4,9-o1, ..."""
+    if cache.is_off:
         return "uncached"
     default = CacheOptions()
     window = "" if (cache.start, cache.stop) == (default.start, default.stop) else f"-{cache.start}-{cache.stop}"
+    steps = f"N{cache.interval}{window}" if cache.full_steps is None else ",".join(map(str, cache.full_steps))
     depth = "" if cache.depth == default.depth else f"-b{cache.depth}"
-    return f"N{cache.interval}{window}{depth}" + ("" if cache.order == default.order else f"-o{cache.order}")
+    return steps + depth + ("" if cache.order == default.order else f"-o{cache.order}")
+
+
+def plan_name(cache: CacheOptions) -> str:
+    """Returns `plan_text`, or for a long list of full steps their number and a hash, such as 17full-3f2a9c81."""
+    text = plan_text(cache)
+    if len(text) <= LONGEST_NAME:
+        return text
+    return f"{len(cache.full_steps or ())}full-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
@@ -98,12 +115,15 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     if cfg.recipe and cache is None:
         return recipe_plan(load_recipe(cfg.recipe), cfg)
     cache = cache or cfg.cache
-    if cache.interval is None:
+    if cache.interval is None and cache.full_steps is None:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
-    if cache.interval > 1:
+    if not cache.is_off:
         check_cache_depth(model_dimensions(cfg)["depth"] // 2, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
-    full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
+    if cache.full_steps is None:
+        full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
+    else:
+        full = explicit_plan(cache.full_steps, len(timesteps))
     return Plan(
         name=plan_name(cache),
         cache=cache,

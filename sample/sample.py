@@ -40,12 +40,11 @@ from models.macs import readable
 from sample import SAMPLE_RECORD
 from sample.folder import make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
-from sample.pipeline import Pipeline, load, sample_latents, with_options
+from sample.pipeline import Pipeline, load, sample_latents, shortened
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
 from sample.similarity import psnr, ssim
 
 MAX_COMPARED = 8  # clips in compare.mp4 and compare.png
-WARM_UP_STEPS = 4  # before timing
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
     batches = [clips[i : i + size] for i in range(0, len(clips), size)]
     if len(plans) > 1:  # one-time costs, such as compilation, must not count for the first plan
         for plan in plans:
-            short = with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=plan.cache)
+            short = shortened(pipe, plan)
             sample_batch(short, batches[0], short.plan)
     with tqdm(total=len(batches) * sum(len(plan.full) for plan in plans), unit="step", mininterval=1) as bar:
         for batch in batches:

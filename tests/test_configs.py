@@ -27,7 +27,7 @@ from diffusion import PREDICTIONS
 from diffusion.sampling import SAMPLERS
 from diffusion.schedule import NOISE_SCHEDULES
 from models.hardware import DTYPES
-from sample.plans import parse_plan, plan_name
+from sample.plans import parse_plan, plan_name, plan_text
 
 YAMLS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.name != "vae.yaml")
 
@@ -218,13 +218,32 @@ def test_path_that_was_not_filled_in_is_one_line_naming_the_key(value, message):
         ("N4-b2", CacheOptions(interval=4, depth=2)),
         ("N4-o1", CacheOptions(interval=4, order=1)),
         ("N4-900-50-b2-o2", CacheOptions(interval=4, depth=2, order=2)),
+        ("0,1,4,9", CacheOptions(full_steps=[0, 1, 4, 9])),
+        ("0-b2-o1", CacheOptions(full_steps=[0], depth=2, order=1)),
+        ("0,3", CacheOptions(full_steps=[0, 3], interval=7, start=800, stop=100)),  # which the list replaces
     ],
 )
 def test_cache_on_the_command_line(text, cache):
-    assert parse_plan(text) == cache and parse_plan(plan_name(cache)) == cache
+    assert parse_plan(text) == cache == parse_plan(plan_name(cache)) and hash(parse_plan(text)) == hash(cache)
 
 
-@pytest.mark.parametrize("text", ["2", "N", "N2-900", "N2-b", "N2-o", "N2-o1-b1", "n2"])
+def test_a_long_list_of_full_steps_has_a_short_name_of_its_own():
+    lists = [list(range(0, 50, 2)), [*range(0, 48, 2), 49]]
+    names = [plan_name(CacheOptions(full_steps=steps)) for steps in lists]
+    assert all(name.startswith("25full-") and len(name) == 15 for name in names) and names[0] != names[1]
+    assert all(parse_plan(plan_text(CacheOptions(full_steps=steps))).full_steps == steps for steps in lists)
+
+
+def test_the_interval_on_the_command_line_replaces_the_list_in_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("cache: {full_steps: [0, 1, 4], depth: 2}")
+    assert load_config(SampleConfig, tmp_path / "a.yaml").cache == CacheOptions(full_steps=[0, 1, 4], depth=2)
+    changed = load_config(SampleConfig, tmp_path / "a.yaml", ["cache.interval=3"]).cache
+    assert changed == CacheOptions(interval=3, depth=2)
+    changed = load_config(SampleConfig, tmp_path / "a.yaml", ["cache.full_steps=[0,2]"]).cache
+    assert changed == CacheOptions(full_steps=[0, 2], depth=2)
+
+
+@pytest.mark.parametrize("text", ["2", "N", "N2-900", "N2-b", "N2-o", "N2-o1-b1", "n2", "1,4", "0,", "0,-1", "0, 1"])
 def test_cache_that_makes_no_sense_shows_the_form(text):
     with pytest.raises(UserError, match="expected N<interval>"):
         parse_plan(text)

@@ -380,6 +380,7 @@ def test_dry_run_names_all_that_is_missing(tiny, tmp_path, monkeypatch, capsys):
         (["cache.interval=1", "cache.start=800"], "give plans with cached steps"),
         (["--cache", "N2-0-0"], "plan N2-0-0 runs all 6 steps of ddim in full"),
         (["--cache", "2"], "expected N<interval>"),
+        (["--cache", "0,9"], "cache.full_steps: 9 is no step of 6"),
         (["--cache", "N2-b3"], "cache.depth: 3 is outside 1 ... 2"),
         (["--cache", "N2", "sample_method=plms"], "valid: ddpm, ddim"),
         (["--cache", "N2", "num_clips=2"], "num_clips: 2 is less than 4"),

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import CacheOptions, SampleConfig, UserError, load_config
 from diffusion import make_diffusion
+from diffusion.guidance import Guided
 from models import get_models, hardware
 from models.latte import Latte
 from models.macs import count_parameters, step_macs
@@ -280,6 +281,47 @@ def test_a_pipeline_with_other_options_has_their_steps_and_plan(pipe):
     short = with_options(pipe, num_sampling_steps=4, cache=N2)
     assert short.diffusion.num_timesteps == len(short.plan.full) == 4 and short.plan.name == "N2"
     assert short.model is pipe.model and pipe.plan.name == "uncached" and len(pipe.plan.full) == 6
+
+
+def test_a_list_of_full_steps_is_a_plan(pipe):
+    """N2 on 6 steps is 0,2,4: the same clips, bit for bit, and the same cost."""
+    explicit, n2 = (make_plan(pipe.cfg, cache) for cache in (CacheOptions(full_steps=[0, 2, 4]), N2))
+    assert (explicit.name, explicit.macs, explicit.full) == ("0,2,4", n2.macs, n2.full)
+    assert explicit.record()["cache"]["full_steps"] == [0, 2, 4] and explicit.record()["text"] == "0,2,4"
+    assert torch.equal(sample_latents(pipe, [3], [0], explicit), sample_latents(pipe, [3], [0], n2))
+    assert make_plan(pipe.cfg, CacheOptions(full_steps=[0, 1, 4])).record()["steps"] == "FFccFc"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "must begin with 0"),
+        ([1, 4], "must begin with 0"),
+        ([0, 4, 1], "and rise"),
+        ([0, 1, 1], "and rise"),
+        ([0, 6], "6 is no step of 6, 0 ... 5"),
+        ([0, -1], "must begin with 0"),
+    ],
+)
+def test_a_list_of_full_steps_that_makes_no_sense_is_named(pipe, steps, message):
+    with pytest.raises(UserError, match=r"cache\.full_steps: ") as error:
+        make_plan(pipe.cfg, CacheOptions(full_steps=steps))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("num_steps", [4, 5, 7])
+def test_a_skip_cache_serves_one_run_of_the_length_of_its_plan(pipe, num_steps):
+    """The sampling loop says so before the first step; called by hand, the SkipCache says it after its last one."""
+    shape, loop = (1, 4, 4, 4, 4), pipe.diffusion.ddim_sample_loop
+    denoiser = Guided(SkipCache(pipe.model, [True] * num_steps), 2.0, null_label=3)
+    with pytest.raises(UserError, match=f"the SkipCache has {num_steps} steps left, the run has 6"):
+        loop(denoiser, shape, model_kwargs={"y": torch.tensor([0])})
+    cache = SkipCache(pipe.model, [True, False] * 3)
+    loop(cache, shape, model_kwargs={"y": torch.tensor([0])})
+    with pytest.raises(UserError, match="has 0 steps left, the run has 6: make a new one"):
+        loop(cache, shape, model_kwargs={"y": torch.tensor([0])})
+    with pytest.raises(UserError, match="this SkipCache has run all steps of its plan"):
+        cache(torch.zeros(shape), torch.tensor([999]), torch.tensor([0]))
 
 
 def test_a_plan_knows_its_steps_name_and_cost(pipe):

@@ -27,7 +27,7 @@ from tools.common import documents
 from tools.common.documents import markdown, readable, tree
 
 NAME = "<evil>&\"'"  # what a class folder may be called
-PLANS = ("uncached", "N2", "N3")
+PLANS = ("uncached", "N2", "0,3")
 FRAMES = 4
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -134,7 +134,7 @@ def test_figures_plans_and_options_are_those_of_the_record(run, tiny, tmp_path, 
     assert [run["plan"]["full_steps"] for run in record["runs"]] == steps["full"]
     start, options, command = script(page)
     assert start == "cat > run.yaml <<'END'"
-    assert command == "python sample/sample.py --config run.yaml --compare --cache N2 N3 --classes 2 0"
+    assert command == "python sample/sample.py --config run.yaml --compare --cache N2 0,3 --classes 2 0"
     (tmp_path / "run.yaml").write_text(options)
     assert asdict(load_config(SampleConfig, tmp_path / "run.yaml")) == record["config"]
     assert record["checkpoint"]["sha256"] in cells and record["machine"] in cells

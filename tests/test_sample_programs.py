@@ -76,7 +76,9 @@ def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, 
     uncached, n2, n3 = json.loads((tmp_path / "sample.json").read_text())["runs"]
     assert uncached["plan"]["cached_steps"] == 0 and "psnr" not in uncached
     assert n2["plan"]["cached_steps"] == 3 and n2["plan"]["macs"] < uncached["plan"]["macs"]
-    assert n3["plan"]["cache"] == {"interval": 3, "start": 900, "stop": 50, "depth": 2, "order": 0}
+    assert n3["plan"]["cache"] == {
+            "interval": 3, "start": 900, "stop": 50, "depth": 2, "order": 0, "full_steps": None,
+        }  # fmt: skip
     for figures in (n2, n3):
         assert figures["speedup"] > 0 and 10 < figures["psnr"] < 100 and 0.5 < figures["ssim"] <= 1
     table = capsys.readouterr().out.splitlines()[-7:-2]
@@ -141,6 +143,9 @@ def test_flags_left_out_keep_the_values_of_the_yaml(tiny, monkeypatch, capsys):
         (["--cache", "N2-b3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["--deepcache", "2", "--cache", "N2"], "--cache and --deepcache both give a plan"),
         (["--cache", "2"], "--cache 2: expected N<interval>"),
+        (["--cache", "0,9"], "cache.full_steps: 9 is no step of 6, 0 ... 5"),
+        (["cache.full_steps=[0,1,1]"], "cache.full_steps: [0, 1, 1] must begin with 0"),
+        (["cache.full_steps=0,1"], "cache.full_steps"),
         (["--cache", "N2", "N3"], "--cache takes several plans only with --compare"),
         (["--compare"], "--compare needs plans that save steps"),
         (["--compare", "--cache", "N2-0-0"], "--compare needs plans that save steps"),

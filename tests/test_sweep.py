@@ -180,6 +180,7 @@ def test_a_larger_grid_does_only_what_it_adds(tiny, swept, monkeypatch):
     ("argv", "message"),
     [
         (["plans=[2]"], "expected N<interval>"),
+        (["plans=['0,9']"], "cache.full_steps: 9 is no step of 6"),
         (["plans=[N2-0-0]"], "plan N2-0-0 runs all 6 steps"),
         (["methods=[ddim,plms]"], "'plms' is unknown; valid: ddpm, ddim"),
         (["steps=[0]"], "steps: 0 is less than 1"),

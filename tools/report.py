@@ -69,7 +69,9 @@ def samples(folder: Path, max_clips: int) -> str:
         notes = [f"{score[0]:.1f}\u00a0dB \u2002{score[1]:.3f}" if score else "" for score in scores]
         rows.append((clip["name"], clip["seed"], [data_uri(folder / plan / file) for plan in plans], notes))
     command = ["python", "sample/sample.py", "--config", "run.yaml"]
-    cached = [run["plan"]["name"] for run in runs if run["plan"]["cache"]["interval"] > 1]  # a recipe is in run.yaml
+    cached = [  # a recipe is in run.yaml
+        run["plan"].get("text", run["plan"]["name"]) for run in runs if run["plan"]["cache"]["interval"] != 1
+    ]
     command += ["--compare"] if len(plans) > 1 else []
     command += ["--cache", *cached] if cached else []
     labels = [str(clip["label"]) for clip in clips[:: cfg["samples_per_class"]]]

@@ -97,7 +97,7 @@ def configure(
     if cfg.num_sampling_steps <= AGES:
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
     cache = resolve(cfg, device).cache
-    plan = make_plan(cfg, cache if cache.interval > 1 else replace(cache, interval=INTERVAL))
+    plan = make_plan(cfg, replace(cache, interval=INTERVAL) if cache.is_off else cache)
     if not plan.cached_steps:
         raise UserError(f"cache: {plan.name} runs all {cfg.num_sampling_steps} steps in full: nothing is reused")
     models = {}

@@ -311,6 +311,6 @@ def preview_plans(cfg: TrainConfig, device: torch.device) -> tuple[SampleConfig,
     """The sampling options of the previews and a plan for each; UserError for options that contradict each other."""
     shared = {each.name: getattr(cfg, each.name) for each in fields(SampleConfig) if hasattr(cfg, each.name)}
     options = resolve(SampleConfig(**shared), device)
-    cached = replace(options.cache, interval=max(2, options.cache.interval))
+    cached = replace(options.cache, interval=2) if options.cache.is_off else options.cache
     caches = [UNCACHED, cached] if model_dimensions(cfg)["num_skips"] else [UNCACHED]
     return options, [make_plan(options, cache) for cache in caches]

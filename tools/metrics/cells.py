@@ -32,7 +32,7 @@ from sample.distributed import Environment
 from sample.folder import clip_settings, labels_of, make_record
 from sample.media import to_uint8
 from sample.options import file_checks
-from sample.pipeline import load, resolve, sample_latents, with_options
+from sample.pipeline import load, resolve, sample_latents, shortened, with_options
 from sample.plans import UNCACHED, Plan, describe_plan, describe_run, make_plan, parse_plan, plan_name
 from sample.recipes import check_recipe, load_recipe
 from tools.metrics.clips import VideoFiles
@@ -44,7 +44,6 @@ from tools.metrics.protocols import fill_in
 from tools.metrics.scores import change_of_distance, distance_to_real
 from tools.metrics.statistics import GROUPS, difference_interval, interval_text, plus_minus, ratio_interval
 
-WARM_UP_STEPS = 4
 RATIOS = ("relative_l1", "lpips", "motion_error", "mp4_lpips")  # errors, of which ratios are told
 VERSION = 2  # of measurements; raise it when the code measures other values of the same clips
 
@@ -81,7 +80,7 @@ class Cell:
 
     def with_cache(self, cache: CacheOptions) -> "Cell":
         """The same sampler with another cache. There is one uncached cell: without a cache its options mean nothing."""
-        return replace(self, cache=UNCACHED if cache.interval == 1 else cache)
+        return replace(self, cache=UNCACHED if cache.is_off else cache)
 
     def draws_noise(self, eta: float) -> bool:
         """Whether the sampler draws noise at every step, not only the first."""
@@ -234,8 +233,8 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
     machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
     machine += f", attention: {cfg.attention_mode}" + ", compiled" * cfg.use_compile
     for task in work[0][1]:  # warms up
-        short = with_options(pipe, **task.cell.options() | {"num_sampling_steps": WARM_UP_STEPS})
-        sample_latents(short, work[0][0], labels_of(work[0][0], cfg))
+        own = with_options(pipe, **task.cell.options())
+        sample_latents(shortened(own, own.plan), work[0][0], labels_of(work[0][0], cfg))
     total = sum(task.cell.steps for _, todo in work for task in todo)
     with tqdm(total=total, unit="step", mininterval=1, disable=not env.is_main) as bar:
         for seeds, todo in work:
