@@ -238,7 +238,9 @@ def test_plans_are_compared_with_their_controls_clip_by_clip(measured):
     assert change["value"] == pytest.approx(n2["proxy_real"] - uncached["proxy_real"], rel=1e-6)
     assert change["low"] < change["value"] < change["high"] and 0 < change["p"] <= 1
     assert uncached["proxy_real_change"] is None
+    assert n2["diversity"].keys() == {"value", "precision", "recall", "density", "coverage", "neighbours"}
     line = read_markdown((measured / "fidelity.md").read_text())[1]
+    assert line["coverage"] == f"{n2['diversity']['coverage']:.3f}"
     assert line["PSNR − control's"].startswith(f"{sum(differences) / 6:.2f} (")
     assert line["relative L1 / control's"] == interval_text(expected, 2, 1)
 

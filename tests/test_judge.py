@@ -85,7 +85,13 @@ def test_the_program_judges_real_clips_and_samples(data, options, monkeypatch, c
     assert samples["clips"] == 6 and samples["by_class"]["Wood"]["judged_as"] == [0, 0, 2, 0]
     assert samples["each"][0]["label"] == 2 and "Wood" in samples["each"][0]["nearest_file"]
     assert samples["mean"]["ratio"]["motion"] == pytest.approx(1, abs=0.25)
+    ratios = [row["ratio"]["motion"] for row in samples["by_class"].values()]
+    found = samples["mean"]["motion_ratios"]
+    assert (found["least"], found["most"]) == (min(ratios), max(ratios)) and found["mean"] == pytest.approx(
+        sum(ratios) / 3
+    )
     out = capsys.readouterr().out
+    assert f"(train clips to others: {sets['real train']['nearer']:.1%})" in out and "x, mean 1.00x" in out
     assert "proxy judge" in out and "not usable" not in out
     assert run(monkeypatch, *options, f"samples_path={data}/sam*")["sets"] == sets
 

@@ -1,6 +1,6 @@
 """configs/tables.py: tables that a Markdown reader and a person at a terminal can both read."""
 
-from configs.tables import markdown_table
+from configs.tables import csv_table, markdown_table
 
 
 def test_cells_are_aligned():
@@ -33,3 +33,8 @@ def test_a_missing_cell_is_a_dash():
 def test_a_narrow_table_still_has_a_ruler_of_three():
     """Markdown wants at least three characters."""
     assert markdown_table([{"a": "1", "b": "2"}]).splitlines()[1] == "| :-- | --: |"
+
+
+def test_csv_has_a_column_for_each_title_of_any_row():
+    rows = [{"run": "a", "fvd": 1.5}, {"run": "b, c", "fid": 2}]
+    assert csv_table(rows) == 'run,fvd,fid\na,1.5,\n"b, c",,2\n'

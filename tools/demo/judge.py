@@ -10,11 +10,13 @@ class: in disorder, blurred to 8 x 8 pixels, two in one, drowned in noise. Then 
   motion    mean |difference of neighbouring frames|; detail: of neighbouring pixels
   pixels    diversity: mean distance (RMSE) of two clips of a class; features: in the classifier's features
   nearest   mean distance (RMSE) to the nearest train clip at any offset in time; of a train clip to another one
-  nearer    share of clips that are nearer to a train clip than every real test clip of their class
-Measures are means over classes in grey levels, 0 ... 255, each with its ratio ("x") to the real train clips. The rows
-"through VAE" are real clips encoded and decoded, an upper bound for samples; for train clips, their `nearest` is that
-of a copy. A second table lists the real test clips by class: it shows how much the measures of a class vary within its
-own shot. The judge is a proxy: it compares runs on one data set, and is no FVD.
+  nearer    share of clips that are nearer to a train clip than every real test clip of their class; to read beside
+            that of the train clips themselves, each compared with the other train clips
+Measures are means over classes in grey levels, 0 ... 255, each with its ratio ("x") to the real train clips, motion
+also with the range and the mean of the classes' own ratios. The rows "through VAE" are real clips encoded and decoded,
+an upper bound for samples; for train clips, their `nearest` is that of a copy. A second table lists the real test clips
+by class: it shows how much the measures of a class vary within its own shot. The judge is a proxy: it compares runs on
+one data set, and is no FVD.
 
 Samples are {seed}.mp4 with the labels in sample_ddp.json, {seed}_{class}.mp4 of sample/sample.py, or class folders.
 Letters: N clips of a set, B of a batch, F frames, S pixels of a side, O offsets in time, K classes, D features.
@@ -226,6 +228,10 @@ def compare(report: dict[str, Any], train: dict[str, Any], test: dict[str, Any])
     report["mean"]["ratio"] = {key: report["mean"][key] / train["mean"][key] for key in MEASURES}
     for name, row in report["by_class"].items():
         row["ratio"] = {key: row[key] / train["by_class"][name][key] for key in MEASURES}
+    ratios = [
+        row["ratio"]["motion"] for row in report["by_class"].values()
+    ]  # a ratio of means hides classes that stand
+    report["mean"]["motion_ratios"] = {"mean": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)}
     limits = [row["nearest_of_all"] for row in test["by_class"].values()]
     report["nearer"] = sum(clip["nearest"] < limits[clip["label"]] for clip in report["each"]) / report["clips"]
 
@@ -241,7 +247,13 @@ def report_tables(reports: dict[str, dict[str, Any]]) -> str:
         low, high = report["accuracy_interval"]
         accuracy = f"{report['accuracy']:.1%} ({low:.1%}-{high:.1%})"
         cells = {"proxy judge": name, "clips": str(report["clips"]), "accuracy": accuracy}
-        sets.append(cells | measures(report["mean"]) | {"nearer": f"{report['nearer']:.1%}"})
+        cells |= measures(report["mean"]) | {"nearer": f"{report['nearer']:.1%}"}
+        cells["motion"] += " classes {least:.2f} to {most:.2f}x, mean {mean:.2f}x".format(
+            **report["mean"]["motion_ratios"]
+        )
+        if not name.startswith("real "):
+            cells["nearer"] += f" (train clips to others: {reports['real train']['nearer']:.1%})"
+        sets.append(cells)
         if name == "real test" or not name.startswith("real "):
             for label, row in report["by_class"].items():
                 judged = " ".join(map(str, row["judged_as"]))

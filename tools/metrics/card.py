@@ -79,7 +79,7 @@ def card(record: Record, picture: str | None = None) -> str:
     if run:
         steps = f"{run['sample_method']}, {run['num_sampling_steps']} steps, guidance {run['cfg_scale']:g}"
         lines.append(f"sampler: {steps}, plan {fake['plan']['name']}, {readable(fake['plan']['macs'])} a clip")
-        lines.append(f"checkpoint: {fake['checkpoint']['path']}, SHA-256 {fake['checkpoint']['sha256']}")
+        lines.append(f"checkpoint: {fake['checkpoint']['path']}, SHA-256 of its weights {weights_of(fake)}")
     if record["seconds"]:
         lines.append(f"cost: {record['seconds']:.2f} s a clip, sampled and decoded, on {record['machine']}")
     settings = ", ".join(f"{name}={value}" for name, value in record["protocol"]["settings"].items())
@@ -109,12 +109,18 @@ def csv_line(name: str, record: Record) -> dict[str, Any]:
     fake = record["fake"]
     line = {"name": name, "date": record["date"], "protocol": describe_protocol(record), "code": record["code"]}
     line |= {"fakes": fake.get("path") or fake["checkpoint"]["path"], "fake_clips": fake["clips"]}
-    line |= {"checkpoint": fake.get("checkpoint", {}).get("sha256"), "plan": fake.get("plan", {}).get("name")}
+    line |= {"weights": weights_of(fake), "plan": fake.get("plan", {}).get("name")}
     for metric, row in record["metrics"].items():
         line[metric] = row["value"]
         line |= dict(zip((f"{metric}_low", f"{metric}_high"), row.get("interval", ()), strict=False))
     macs = fake.get("plan", {}).get("macs")
     return line | {"macs": macs, "seconds": record["seconds"], "machine": record["machine"]}
+
+
+def weights_of(fake: Record) -> str | None:
+    """The hash of the weights behind the fakes; of their file where a folder's record has no other; None: unknown."""
+    checkpoint = fake.get("checkpoint", {})
+    return checkpoint.get("weights") or checkpoint.get("sha256")
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from tools.metrics.features import Features, extract
 from tools.metrics.options import ClipOptions, MeasureConfig
 from tools.metrics.pairs import PAIR_METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
 from tools.metrics.protocols import fill_in
-from tools.metrics.scores import change_of_distance, distance_to_real
+from tools.metrics.scores import change_of_distance, distance_to_real, neighbourhoods
 from tools.metrics.statistics import GROUPS, difference_interval, interval_text, plus_minus, ratio_interval
 
 RATIOS = ("relative_l1", "lpips", "motion_error", "mp4_lpips")  # errors, of which ratios are told
@@ -362,6 +362,9 @@ def summarize(
             "proxy_real": to_real.get("value"),
             "proxy_real_interval": to_real.get("interval"),
             "proxy_real_change": None,  # against the twins
+            "diversity": None
+            if real is None
+            else neighbourhoods(real[:, 0], features[cell]),  # of the proxy's features
             "control": task.control and task.control.name,
         }
         if real is not None and "twin" in pairs:
@@ -420,6 +423,8 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
         cells[title] = "" if row[key] is None else f"{row[key]:.4g}"
     if row["proxy_real_interval"]:
         cells["proxy, real"] += " ({:.3g} ... {:.3g})".format(*row["proxy_real_interval"])
+    if row["diversity"]:
+        cells |= {key: f"{row['diversity'][key]:.3f}" for key in ("precision", "recall", "density", "coverage")}
     if row["proxy_real_change"]:
         cells["proxy, real − uncached"] = interval_text(row["proxy_real_change"], 1, equal=0)
         cells["p"] = f"{row['proxy_real_change']['p']:.2g}"
@@ -446,6 +451,7 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
         about_real = f"Real: to {real['clips']} clips of {real['videos']} videos in {real['path']}, stride "
         about_real += f"{real['stride']}" + f", {real['too_short']} too short" * bool(real["too_short"])
         about_real += f", broken: {summary(real['broken'])}" if real["broken"] else ""
+        about_real += "; precision, recall, density and coverage are of the same features (arXiv:2002.09797)"
         about_real += (
             "; in brackets, the 95 % interval over sampled clips (jackknife). Minus uncached: "
             "the paired difference to the row uncached; p is that of a permutation test, which swaps clips of a seed"

@@ -26,6 +26,7 @@ from configs.files import file_hash, flatten
 from datasets.clips import find_frame_folders, find_videos
 from datasets.readers import BadClip, Choose, has_suffix, read_frame_folder, read_video
 from datasets.transforms import square
+from models.checkpoint import weights_hash
 from models.hardware import timed
 from sample import DDP_RECORD
 from sample.folder import clips_of_one_plan, labels_of, make_record, video_path
@@ -223,5 +224,6 @@ class SampledClips:
     def describe(self) -> dict[str, Any]:
         """The options of sampling, the weights and the plan, for the record."""
         record = make_record(self.sampling, self.device)
-        facts = {"checkpoint": record["checkpoint"], "vae": record["vae"], "plan": self.plan.record()}
+        checkpoint = record["checkpoint"] | {"weights": weights_hash(record["checkpoint"]["path"])}
+        facts = {"checkpoint": checkpoint, "vae": record["vae"], "plan": self.plan.record()}
         return {"kind": self.kind, "generate": record["config"], **facts}
