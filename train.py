@@ -136,24 +136,23 @@ def clip_losses(
     and with `stale_features` a coin and a distance of timesteps.
     """
     mean, std = training.latent_moments(batch["video"].to(device, non_blocking=True), encoder)  # (B, F+K, C, h, w)
-    B = len(mean)
-    t = torch.empty(B, dtype=torch.int64, device=device)
+    B, t = len(mean), []
     # Contiguous, whatever the latents' strides: what a generator draws depends on the layout it fills.
     posterior_noise, noise, coins = (torch.empty(shape, device=device) for shape in (mean.shape, mean.shape, (B, 2)))
     stale = torch.empty((B, 2), device=device)
     for i in range(B):
         generator = torch.Generator(device).manual_seed(clip_seed(cfg.global_seed, first + i))
         posterior_noise[i].normal_(generator=generator)
-        t[i].random_(diffusion.num_timesteps, generator=generator)
+        t.append(diffusion.draw_timestep(cfg.time_sampling, generator, device))
         noise[i].normal_(generator=generator)
         coins[i].uniform_(generator=generator)
         stale[i].uniform_(generator=generator)  # the last draw, so that it changes none of the others
 
-    x = mean + std * posterior_noise
+    x, t = mean + std * posterior_noise, torch.stack(t)
     inputs = {}
     if cfg.stale_features:
         gap = torch.where(stale[:, 0] < cfg.stale_features, (stale[:, 1] * cfg.stale_gap).ceil().long(), 0)
-        t_deep = (t + gap).clamp(max=diffusion.num_timesteps - 1)  # (B,)
+        t_deep = (t + gap).clamp(max=diffusion.num_timesteps - 1).maximum(t)  # (B,)
         inputs = dict(x_deep=diffusion.q_sample(x, t_deep, noise), t_deep=diffusion.original_timesteps(t_deep))
     if cfg.num_classes is not None:
         drop = coins < cfg.class_dropout_prob  # (B, 2): the clip's label, and those of its stills together

@@ -149,9 +149,15 @@ class ModelOptions:
 class DiffusionOptions:
     """The noise process. Sampling must use the one that the model was trained with."""
 
+    process: str = option(
+        "gaussian", "gaussian: DDPM | flow: flow matching, x_s = (1 - s) x + s eps", choices=("gaussian", "flow")
+    )
     noise_schedule: str = option("linear", "schedule of the betas", choices=("linear", "squaredcos_cap_v2"))
-    prediction: str = option("eps", "the model's target", choices=("eps", "x0", "v"))
+    prediction: str = option("eps", "the model's target; a flow's v is eps - x", choices=("eps", "x0", "v"))
     diffusion_steps: int = option(1000, "number of timesteps in training", least=2)
+    time_shift: float = option(
+        1.0, "flow: k moves times s to k s / (1 + (k - 1) s), in training and sampling; above 1: to noise", above=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -161,7 +167,7 @@ class CacheOptions:
     interval: int | None = option(
         None, "N: every N-th step is full; 1: no cache; empty: N of the model's name (-cache-N)", least=1
     )
-    start: int = option(900, "steps with t >= start are full (t: original timestep, 0 ... 999)")
+    start: int = option(900, "steps with t >= start are full (t: original timestep, 0 ... 999; of a flow: 1000 s)")
     stop: int = option(50, "the cache is emptied after a step with t < stop")
     depth: int = option(1, "outer layers at each end that run on every step", least=1)
     order: int = option(
@@ -188,7 +194,11 @@ class CacheOptions:
 class SamplerOptions:
     """The sampler."""
 
-    sample_method: str = option("ddpm", "the sampler", choices=("ddpm", "ddim", "dpmsolver++", "unipc"))
+    sample_method: str = option(
+        "ddpm",
+        "the sampler; euler is ddim with eta=0, heun runs the model twice in a step",
+        choices=("ddpm", "ddim", "euler", "heun", "dpmsolver++", "unipc"),
+    )
     num_sampling_steps: int = option(250, "denoising steps", least=1)
     eta: float = option(0.0, "DDIM's noise: 0 is deterministic, 1 is as random as DDPM", least=0, most=1)
     cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", least=0, most=1000)
@@ -276,6 +286,11 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     )
     resume_from_checkpoint: str = option(
         "auto", "auto: the newest run with the same options | a run's folder | no: a new run"
+    )
+    time_sampling: str = option(
+        "uniform",
+        "timesteps to train at; logit-normal: more in the middle, fewer at the ends",
+        choices=("uniform", "logit-normal"),
     )
     learning_rate: float = option(1e-4, "AdamW's learning rate after the warm-up", above=0)
     lr_schedule: str = option(

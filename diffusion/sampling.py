@@ -5,9 +5,9 @@ The denoiser is any callable. The DDPM and DDIM loops neither wait for the devic
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from configs import UserError, choice
 if TYPE_CHECKING:
     from diffusion import Diffusion
 
+T = TypeVar("T")
 Step = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (x_t, t, p(x_{t-1} | x_t)) -> x_{t-1}
 
 
@@ -62,6 +63,40 @@ def ddim(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.devic
     return step
 
 
+def heun(diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:
+    """Returns the step of Heun's method of second order; deterministic. It is called for each evaluation of the model.
+
+    The first evaluation of a step moves as DDIM does, which holds x_0 and eps. The second one, at the state there, adds
+    half of the change of the velocity times the step in the process's own time (`Diffusion.clock`). For a flow the sum
+    is x + ds (v + v') / 2. The last step, to data, has one evaluation, as in Karras et al. 2022.
+    """
+    hold = ddim(diffusion, draw, device, 0.0)
+    begun: list[Tensor] = []  # after a first evaluation: its estimate of x_0, and half of the step in time
+
+    def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
+        c = diffusion.at(t, x)
+        if begun:
+            x_start, half = begun
+            begun.clear()
+            return x + half / c.sigma * (p["pred_xstart"] - x_start)
+        time, following = diffusion.clock(c.alpha, c.sigma), diffusion.clock(c.alpha_prev, c.sigma_prev)
+        begun.extend([p["pred_xstart"], (time - following) / 2])
+        return hold(x, t, p)
+
+    return step
+
+
+def evaluations(method: str | Callable, steps: Iterable[T]) -> list[T]:
+    """Returns, for each call of the model in sampling order, the step at which it is called: Heun's makes two a step.
+
+    Args:
+        method: of `sample_loop_progressive`.
+        steps: from noise to clean, in any notation: numbers, timesteps.
+    """
+    first, *others = steps
+    return [first, *(step for step in others for _ in range(2 if method == "heun" else 1))]
+
+
 def multistep(name: str, diffusion: "Diffusion", draw: Callable[[], Tensor], device: torch.device, eta: float) -> Step:
     """Returns the step of a second-order, deterministic solver of diffusers, given by class name.
 
@@ -71,19 +106,25 @@ def multistep(name: str, diffusion: "Diffusion", draw: Callable[[], Tensor], dev
     import diffusers
 
     steps = diffusion.num_timesteps
-    solver = getattr(diffusers, name)(num_train_timesteps=steps, prediction_type="sample", timestep_spacing="trailing")
+    flow = diffusion.process == "flow"
+    solver = getattr(diffusers, name)(
+        num_train_timesteps=steps, prediction_type="sample", timestep_spacing="trailing", use_flow_sigmas=flow
+    )
     solver.set_timesteps(steps)  # trailing spacing gives steps - 1 ... 0, every step of the respaced process
     solver.set_begin_index(0)  # otherwise the first step searches for its timestep
     # The solvers read only the sigmas. Their own, from fp32 betas, are inexact where a beta is close to 1, and they are
     # on the CPU, from which UniPC copies them at each step.
-    sigmas = np.append(np.sqrt(1 / diffusion.alphas_cumprod - 1)[::-1], 0.0)
+    if flow:  # below 1, where the solvers' log SNR would be infinite
+        sigmas = np.append(np.minimum(np.array(diffusion.timestep_map[::-1]) / 1000, 1 - 1e-6), 0.0)
+    else:
+        sigmas = np.append(np.sqrt(1 / diffusion.alphas_cumprod - 1)[::-1], 0.0)
     solver.sigmas = torch.from_numpy(sigmas).float().to(device)
 
     def step(x: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
         # The step to timestep 0, the last but one, is first order. It changes the log SNR much more than the step
-        # before it. A second-order step would extrapolate so far that with 20 steps the solvers are worse than DDIM
-        # (on Gaussian data, where the exact result is known).
-        if solver.step_index == steps - 2:
+        # before it (not so in a flow). A second-order step would extrapolate so far that with 20 steps the solvers are
+        # worse than DDIM (on Gaussian data, where the exact result is known).
+        if solver.step_index == steps - 2 and not flow:
             solver.lower_order_nums = 0
         return solver.step(p["pred_xstart"], t, x).prev_sample
 
@@ -99,8 +140,8 @@ def linear_multistep(
 ) -> Step:
     """A solver with given coefficients, which tools/calibrate.py fits to a model; deterministic.
 
-    With the move (a, b0, b1, b2, e) of a step, x_next = a x + b0 v + b1 v' + b2 v'' + e x'. Here v = alpha eps - sigma
-    x_0 is the velocity, v' and v'' are those of the two steps before, and x' is the state of the step before.
+    With the move (a, b0, b1, b2, e) of a step, x_next = a x + b0 v + b1 v' + b2 v'' + e x'. Here v is the process's
+    velocity, v' and v'' are those of the two steps before, and x' is the state of the step before.
     """
     following = iter(moves)
     velocities: deque[Tensor] = deque(maxlen=3)  # newest first
@@ -119,6 +160,8 @@ def linear_multistep(
 SAMPLERS: dict[str, Callable[..., Step]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "euler": lambda diffusion, draw, device, eta: ddim(diffusion, draw, device, 0.0),  # of a flow: x + ds v
+    "heun": heun,
     "dpmsolver++": partial(multistep, "DPMSolverMultistepScheduler"),
     "unipc": partial(multistep, "UniPCMultistepScheduler"),
 }
@@ -141,6 +184,8 @@ def sample_loop_progressive(
 ) -> Iterator[dict[str, Tensor]]:
     """Samples from noise to data; yields {"sample", "pred_xstart"} after each step, (B, ..., C, H, W) in fp32.
 
+    Heun's method, which calls the model twice in a step, yields after each call.
+
     Args:
         model: called as model(x, t, **model_kwargs); t (B,) are original timesteps, the largest first.
         shape: (B, ..., C, H, W).
@@ -154,10 +199,11 @@ def sample_loop_progressive(
     Raises:
         UserError: `method` is unknown, `eta` is outside 0 ... 1, or `model` is a SkipCache of another number of steps.
     """
+    calls = evaluations(method, range(diffusion.num_timesteps)[::-1])
     left = getattr(model, "steps_left", None)  # of a SkipCache, which lives for one run
-    if left not in (None, diffusion.num_timesteps):
+    if left not in (None, len(calls)):
         raise UserError(
-            f"the SkipCache has {left} steps left, the run has {diffusion.num_timesteps}: make a new one for each run, "
+            f"the SkipCache has {left} steps left, the run has {len(calls)}: make a new one for each run, "
             "with a plan of as many steps"
         )
     sampler = method if callable(method) else SAMPLERS[choice("sample_method", method, SAMPLERS)]
@@ -165,7 +211,7 @@ def sample_loop_progressive(
     step = sampler(diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
     diffusion.tables(x.device)  # copied now, not in the loop
     for i in tqdm(
-        range(diffusion.num_timesteps)[::-1],
+        calls,
         desc=method if isinstance(method, str) else "sampling",
         disable=not progress,
     ):

@@ -73,7 +73,11 @@ def space_timesteps(num_steps: int, respacing: str | int | Sequence[int] | None)
 
 
 class Coefficients(NamedTuple):
-    """Coefficients at timestep t, of shape (B, 1, ..., 1) each; a_t is the cumulative product of 1 - beta."""
+    """Coefficients at timestep t, of shape (B, 1, ..., 1) each; a_t is the cumulative product of 1 - beta.
+
+    They are those of a process of unit variance. In one whose alpha^2 + sigma^2 is scale^2 (a flow), alpha, sigma and
+    the states x_t are scale times as large.
+    """
 
     alpha: Tensor  # sqrt(a_t): x_t = alpha x_0 + sigma eps
     sigma: Tensor  # sqrt(1 - a_t)
@@ -89,40 +93,47 @@ class Coefficients(NamedTuple):
 
 
 class Schedule:
-    """A Gaussian noise process over `timestep_map`, an ascending subset of the timesteps in training.
+    """A noise process over `timestep_map`, an ascending subset of the timesteps in training.
 
     Wherever a Schedule is used, `t` counts the steps of this process, 0 ... num_timesteps - 1. The model gets
     `timestep_map[t]`, the original timestep.
+
+    Args:
+        alphas_cumprod: a_t of these timesteps, (N,): alpha^2 / (alpha^2 + sigma^2).
+        scale: sqrt(alpha^2 + sigma^2) of these timesteps, (N,).
     """
 
-    def __init__(self, original_betas: np.ndarray, timestep_map: list[int]):
+    def __init__(self, alphas_cumprod: np.ndarray, timestep_map: list, scale: np.ndarray | float = 1.0):
         self.timestep_map = timestep_map
         self.num_timesteps = len(timestep_map)
-        self.alphas_cumprod = np.cumprod(1 - original_betas)[timestep_map]  # a_t; (N,) float64, like all tables
+        self.alphas_cumprod = alphas_cumprod  # float64, like all tables
+        scale = np.broadcast_to(scale, alphas_cumprod.shape)
+        scale_prev = np.append(1.0, scale[:-1])
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
-        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        kept = 1 - self.alphas_cumprod_prev
+        self.posterior_variance = self.betas * kept / (1 - self.alphas_cumprod) * scale_prev**2
         floor = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
         self._tables = np.stack(
             Coefficients(
-                alpha=np.sqrt(self.alphas_cumprod),
-                sigma=np.sqrt(1 - self.alphas_cumprod),
-                alpha_prev=np.sqrt(self.alphas_cumprod_prev),
-                sigma_prev=np.sqrt(1 - self.alphas_cumprod_prev),
+                alpha=np.sqrt(self.alphas_cumprod) * scale,
+                sigma=np.sqrt(1 - self.alphas_cumprod) * scale,
+                alpha_prev=np.sqrt(self.alphas_cumprod_prev) * scale_prev,
+                sigma_prev=np.sqrt(1 - self.alphas_cumprod_prev) * scale_prev,
                 fresh=self.betas / (1 - self.alphas_cumprod),
-                posterior_x0=self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod),
-                posterior_xt=(1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod),
+                posterior_x0=self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod) * scale_prev,
+                posterior_xt=kept * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod) * (scale_prev / scale),
                 posterior_variance=self.posterior_variance,
                 posterior_log_variance=self.posterior_log_variance_clipped,
-                beta_log_variance=np.log(self.betas),
-                large_log_variance=np.log(np.append(floor, self.betas[1:])),
+                beta_log_variance=np.log(self.betas * scale_prev**2),
+                large_log_variance=np.log(np.append(floor, (self.betas * scale_prev**2)[1:])),
             )
         )
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a copy per device
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the coefficients (K, N) fp32 and the original timesteps (N,) int64; a device gets one copy."""
+        """Returns the coefficients (K, N) fp32 and the original timesteps (N,); a device gets one copy."""
         if device not in self._on_device:
             coefficients = torch.from_numpy(self._tables).float().to(device)
             self._on_device[device] = coefficients, torch.tensor(self.timestep_map, device=device)

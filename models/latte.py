@@ -91,7 +91,7 @@ class Latte(nn.Module, StrictHubMixin):
 
         Args:
             x: (B, F, C, H, W); frames past `num_frames` are stills.
-            t: (B,) original timesteps, 0 ... 999.
+            t: (B,) original timesteps, 0 ... 999; in a flow 1000 s, real numbers.
             y: (B,) labels, some of them replaced by the null label in training; None for an unconditional model.
             y_image: (B, F - num_frames) labels of the stills.
 

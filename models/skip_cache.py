@@ -30,7 +30,7 @@ def interval_plan(timesteps: Sequence[int], interval: int, start: int = 900, sto
     """Returns the paper's plan: for each step, whether it runs in full.
 
     Args:
-        timesteps: original timesteps, 0 ... 999, in sampling order, from noise to clean.
+        timesteps: original timesteps, 0 ... 999 (of a flow 1000 s), in sampling order, from noise to clean.
         interval: N; every N-th step is full. 1: all steps are full.
         start: steps with t >= start are full.
         stop: after a step with t < stop, the cache is emptied and the next step, number 0 again, is full.

@@ -14,6 +14,7 @@ import torch
 from configs import PLAN_FORM, CacheOptions, SampleConfig
 from configs.errors import UserError
 from diffusion import make_diffusion
+from diffusion.sampling import evaluations
 from models import model_dimensions, parse_name
 from models.macs import count_parameters, readable, step_macs
 from models.skip_cache import check_cache_depth, explicit_plan, forecast_weights, interval_plan
@@ -30,8 +31,9 @@ class Plan:
     name: str  # "uncached", as --cache takes it, or a recipe's
     cache: CacheOptions
     solver: str  # a sample_method, or recipes.FITTED
-    timesteps: tuple[int, ...]  # original ones, from noise to clean
+    timesteps: tuple[float, ...]  # original ones, from noise to clean
     weights: tuple[tuple[float, ...], ...]  # for each step: of the kept deep features, newest first; none: a full step
+    # weights and `full` count a step for each call of the model, of which Heun's method makes two a timestep
     macs: int  # of all steps
     macs_uncached: int  # of the reference run; of a plan from options: if all steps were full
     moves: tuple[tuple[float, ...], ...] = ()  # for each step, the coefficients of a fitted solver
@@ -120,10 +122,11 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     if not cache.is_off:
         check_cache_depth(model_dimensions(cfg)["depth"] // 2, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
+    calls = evaluations(cfg.sample_method, timesteps)
     if cache.full_steps is None:
-        full = interval_plan(timesteps, cache.interval, cache.start, cache.stop)
+        full = interval_plan(calls, cache.interval, cache.start, cache.stop)
     else:
-        full = explicit_plan(cache.full_steps, len(timesteps))
+        full = explicit_plan(cache.full_steps, len(calls))
     return Plan(
         name=plan_name(cache),
         cache=cache,
@@ -164,7 +167,7 @@ def describe_plan(cfg: SampleConfig, plan: Plan) -> str:
     """Returns a plan in one line: its steps, its MACs, and the expected speed-up."""
     guidance = "" if cfg.cfg_scale == 1 else f" with guidance {cfg.cfg_scale:g}"
     line = (
-        f"plan: {plan.name}, {plan.solver} {len(plan.full)}{guidance}: {plan.full_steps} full and "
+        f"plan: {plan.name}, {plan.solver} {len(plan.timesteps)}{guidance}: {plan.full_steps} full and "
         f"{plan.cached_steps} cached steps; {readable(plan.macs)} a clip"
     )
     if plan.share < 1:

@@ -12,14 +12,15 @@ from typing import Any
 from configs import SampleConfig, require_path
 from configs.errors import UserError, choice
 from configs.files import differences, write_json
-from diffusion.sampling import SAMPLERS
+from diffusion.sampling import SAMPLERS, evaluations
 from models.checkpoint import weights_hash
 
 FORMAT = 1  # of the file; raise it when older code cannot execute newer files
 FITTED = "fitted"  # the solver whose steps are the recipe's own moves
 NUM_COEFFICIENTS = 5  # of a move, see diffusion.sampling.linear_multistep
 MADE_FOR = (  # options that a recipe depends on, beside the checkpoint
-    "noise_schedule", "prediction", "diffusion_steps", "learn_sigma", "cfg_scale", "num_frames", "image_size",
+    "process", "noise_schedule", "prediction", "diffusion_steps", "learn_sigma",
+    "cfg_scale", "num_frames", "image_size",
 )  # fmt: skip
 FORGIVEN = {"cfg_scale", "num_frames", "image_size"}  # those that recipe_anyway lets differ
 
@@ -28,7 +29,7 @@ FORGIVEN = {"cfg_scale", "num_frames", "image_size"}  # those that recipe_anyway
 class Step:
     """One step of a recipe."""
 
-    t: int  # the original timestep that the model sees
+    t: float  # the original timestep that the model sees; of a flow 1000 s
     feature: tuple[float, ...] = ()  # weights of the last full steps' deep features, newest first; none: a full step
     move: tuple[float, ...] = ()  # of the fitted solver; none: another solver moves
     guided: bool = True  # False: the model runs with its labels alone
@@ -50,7 +51,8 @@ class Recipe:
         timesteps = [step.t for step in self.steps]
         if not self.steps or timesteps != sorted(set(timesteps), reverse=True) or timesteps[-1] < 0:
             raise UserError(f"recipe {self.name}: its timesteps must fall from step to step, down to 0 or more")
-        choice(f"recipe {self.name}: solver", self.solver, (FITTED, *SAMPLERS))
+        one_call = [name for name in SAMPLERS if len(evaluations(name, (1, 0))) == 2]  # of the model a step
+        choice(f"recipe {self.name}: solver", self.solver, (FITTED, *one_call))
         full = 0
         for step in self.steps:
             if len(step.feature) > full:
@@ -98,7 +100,8 @@ def load_recipe(path: str | Path) -> Recipe:
             Step(step["t"], tuple(step.get("feature", ())), tuple(step.get("move", ())), step.get("guided", True))
             for step in content.pop("steps")
         )
-        return Recipe(steps=steps, **content | {"table": tuple(content.pop("table", ()))})
+        made_for = {"process": "gaussian"} | content.pop("made_for")  # older files do not name it
+        return Recipe(steps=steps, made_for=made_for, **content | {"table": tuple(content.pop("table", ()))})
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # ValueError: no JSON, no UTF-8

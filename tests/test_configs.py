@@ -23,7 +23,7 @@ from configs.original import INERT
 from configs.tables import markdown_table
 from datasets import SOURCES
 from datasets.readers import READERS
-from diffusion import PREDICTIONS
+from diffusion import PREDICTIONS, PROCESSES
 from diffusion.sampling import SAMPLERS
 from diffusion.schedule import NOISE_SCHEDULES
 from models.hardware import DTYPES
@@ -261,7 +261,7 @@ def test_cache_that_makes_no_sense_shows_the_form(text):
         ("cfg_scale=nan", "cfg_scale: nan is not a finite number"),
         ("cfg_scale=inf", "cfg_scale: inf is not a finite number"),
         ("mlp_ratio=0", "mlp_ratio: 0.0 is not above 0"),
-        ("sample_method=ddmi", "sample_method: 'ddmi' is unknown; valid: ddpm, ddim, dpmsolver++, unipc"),
+        ("sample_method=ddmi", "sample_method: 'ddmi' is unknown; valid: ddpm, ddim, euler, heun, dpmsolver++, unipc"),
         ("precision=fp8", "precision: 'fp8' is unknown; valid: auto, fp32, bf16, fp16"),
     ],
 )
@@ -295,6 +295,7 @@ def test_choices_are_those_of_the_code_that_reads_them():
     assert choices_of(SampleConfig, "precision") == {"auto", *DTYPES}
     assert choices_of(SampleConfig, "noise_schedule") == set(NOISE_SCHEDULES)
     assert choices_of(SampleConfig, "prediction") == set(PREDICTIONS)
+    assert choices_of(SampleConfig, "process") == set(PROCESSES)
     assert choices_of(TrainConfig, "video_reader") == set(READERS)
     help_of_dataset = next(each for each in fields(TrainConfig) if each.name == "dataset").metadata["help"]
     assert all(name.removesuffix("_img") in help_of_dataset for name in SOURCES)

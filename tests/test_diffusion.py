@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from configs import UserError
 from diffusion import create_diffusion
 from diffusion.guidance import Guided
-from diffusion.sampling import SAMPLERS, randn_per_sample
+from diffusion.sampling import SAMPLERS, evaluations, randn_per_sample
 from diffusion.schedule import space_timesteps
 
 OUTPUTS = load_file(Path(__file__).parent / "data" / "reference" / "outputs.safetensors")
@@ -356,7 +356,7 @@ def test_deterministic_methods_converge_to_the_exact_flow():
 
     ddim = {steps: error("ddim", steps) for steps in (10, 25, 50)}
     assert ddim[25] / ddim[50] == pytest.approx(2, rel=0.1)
-    for method in ("dpmsolver++", "unipc"):
+    for method in ("dpmsolver++", "unipc", "heun"):
         errors = {steps: error(method, steps) for steps in ddim}
         assert errors[25] / errors[50] > 4
         assert errors[50] < ddim[50] / 5
@@ -387,10 +387,11 @@ def test_very_few_steps_are_finite(method, steps):
 @pytest.mark.parametrize("method", SAMPLERS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_denoiser_sees_original_timesteps_once_each(method, device):
-    """One call a step, in the reversed order of timestep_map, on fp32 states even where the denoiser is in bf16."""
+    """One call a step (Heun: two, but for the first), in the reversed order of timestep_map, on fp32 states even where
+    the denoiser is in bf16."""
     diffusion, model = create_diffusion("ddim25"), GaussianDenoiser(dtype=torch.bfloat16, learn_sigma=True)
     x = diffusion.sample_loop(model, SHAPE, device=device, model_kwargs=dict(y=torch.tensor([1, 2])), method=method)
-    assert [t.tolist() for _, t in model.calls] == [[t, t] for t in diffusion.timestep_map[::-1]]
+    assert [t.tolist() for _, t in model.calls] == [[t, t] for t in evaluations(method, diffusion.timestep_map[::-1])]
     assert {t.dtype for _, t in model.calls} == {torch.int64}
     assert {state.dtype for state, _ in model.calls} == {x.dtype} == {torch.float32}
     assert x.device.type == device and not x.requires_grad
@@ -398,14 +399,14 @@ def test_denoiser_sees_original_timesteps_once_each(method, device):
 
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_progressive_form_ends_in_the_loops_sample(method):
-    """num_timesteps results, the last the loop's; the x_0 estimates are clipped when asked for."""
+    """A result for each call of the model, the last the loop's; the x_0 estimates are clipped when asked for."""
     diffusion = fixed()
     arguments = dict(shape=SHAPE, clip_denoised=True, generators=None, method=method)
     torch.manual_seed(0)
     steps = list(diffusion.sample_loop_progressive(GaussianDenoiser(), **arguments))
     torch.manual_seed(0)
     assert steps[-1]["sample"].equal(diffusion.sample_loop(GaussianDenoiser(), **arguments))
-    assert len(steps) == diffusion.num_timesteps
+    assert len(steps) == {"heun": 19}.get(method, 10)
     assert all(step["pred_xstart"].abs().max() <= 1 for step in steps)
     assert any(step["sample"].abs().max() > 1 for step in steps)
 
@@ -515,7 +516,7 @@ def test_loops_run_on_meta_tensors(method, learn_sigma):
     for eta in (0.0, 1.0):
         x = diffusion.sample_loop(model, SHAPE, device="meta", model_kwargs=dict(y=labels), method=method, eta=eta)
         assert x.is_meta and x.shape == SHAPE
-    assert len(model.denoiser.calls) == 2 * 50
+    assert len(model.denoiser.calls) == 2 * {"heun": 99}.get(method, 50)
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -536,7 +537,7 @@ def test_loop_copies_nothing_to_the_device(method, monkeypatch):
 
     monkeypatch.setattr(diffusion, "p_mean_variance", first_thing_in_a_step)
     assert diffusion.sample_loop(model, SHAPE, device="meta", method=method, eta=1.0).is_meta
-    assert len(model.calls) == 10 and Tensor.to is checked_copy
+    assert len(model.calls) == {"heun": 19}.get(method, 10) and Tensor.to is checked_copy
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -555,8 +556,8 @@ def test_progress_bar_names_the_method(capsys):
 
 
 def test_unknown_method_lists_the_samplers():
-    with pytest.raises(UserError, match=r"'euler' is unknown; valid: ddpm, ddim, dpmsolver\+\+, unipc$"):
-        fixed().sample_loop(GaussianDenoiser(), SHAPE, method="euler")
+    with pytest.raises(UserError, match=r"'plms' is unknown; valid: ddpm, ddim, euler, heun, dpmsolver\+\+, unipc$"):
+        fixed().sample_loop(GaussianDenoiser(), SHAPE, method="plms")
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])

@@ -33,7 +33,11 @@ REFUSED = [
     (MeasureConfig, "num_clips=3", "num_clips: 3 is less than 4"),
     (MeasureConfig, "real_stride=0", "real_stride: 0 is less than 1"),
     (MeasureConfig, "labels=even", "labels: 'even' is unknown; valid: balanced, random"),
-    (MeasureConfig, "sample_method=plms", "sample_method: 'plms' is unknown; valid: ddpm, ddim, dpmsolver++, unipc"),
+    (
+        MeasureConfig,
+        "sample_method=plms",
+        "sample_method: 'plms' is unknown; valid: ddpm, ddim, euler, heun, dpmsolver++, unipc",
+    ),
     (FidelityConfig, "num_clips=3", "num_clips: 3 is less than 4"),
     (SweepConfig, "num_clips=3", "num_clips: 3 is less than 4"),
     (SweepConfig, "steps=[20,0]", "steps: 0 is less than 1"),

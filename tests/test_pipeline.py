@@ -253,7 +253,10 @@ def test_attention_follows_the_precision():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["sample_method=plms"], "sample_method: 'plms' is unknown; valid: ddpm, ddim, dpmsolver++, unipc"),
+        (
+            ["sample_method=plms"],
+            "sample_method: 'plms' is unknown; valid: ddpm, ddim, euler, heun, dpmsolver++, unipc",
+        ),
         (["precision=int8"], "precision: 'int8' is unknown"),
         (["precision=fp16"], "precision: fp16 runs in software on a CPU"),
         (["attention_mode=flash"], "attention_mode: 'flash' is unknown"),

@@ -348,7 +348,7 @@ def test_unguided_steps_run_the_labels_alone_and_cost_half(pipe, tmp_path):
         ({"steps": [{"t": -1}]}, "its timesteps must fall"),
         ({"steps": [{"t": 10, "feature": [1.0]}]}, "step t=10 reuses the deep features of 1 full steps, but 0 are"),
         ({"steps": [{"t": 9}, {"t": 5, "feature": [2, -1]}]}, "t=5 reuses the deep features of 2 full steps, but 1"),
-        ({"solver": "euler"}, "solver: 'euler' is unknown; valid: fitted, ddpm, ddim"),
+        ({"solver": "plms"}, "solver: 'plms' is unknown; valid: fitted, ddpm, ddim"),
         ({"solver": "fitted"}, "step t=999 has 0 coefficients"),
         ({"steps": [{"t": 10, "move": [1, 2]}]}, "step t=10 has 2 coefficients"),
         ({"steps": [{"t": 10}, {"t": 5, "feature": [float("nan")]}]}, "a number that is not finite"),

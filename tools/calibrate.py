@@ -123,6 +123,8 @@ def calibrate(cfg: CalibrateConfig, pipe: Pipeline, env: Environment) -> None:
 def check(cfg: CalibrateConfig) -> None:
     """Raises UserError for options that make no sense together."""
     N = cfg.num_sampling_steps
+    if cfg.sample_method == "heun":
+        raise UserError("sample_method: heun runs the model twice in a step; calibrate against another sampler")
     if cfg.eta:
         raise UserError(f"eta: {cfg.eta:g} draws other noise in every sampler; valid: 0")
     if fewest := [budget for budget in cfg.budgets if budget * N < 2]:

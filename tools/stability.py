@@ -98,6 +98,8 @@ def configure(
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
     cache = resolve(cfg, device).cache
     plan = make_plan(cfg, replace(cache, interval=INTERVAL) if cache.is_off else cache)
+    if len(plan.full) > len(plan.timesteps):
+        raise UserError(f"sample_method: {cfg.sample_method} runs the model twice in a step; choose one that does not")
     if not plan.cached_steps:
         raise UserError(f"cache: {plan.name} runs all {cfg.num_sampling_steps} steps in full: nothing is reused")
     models = {}
@@ -384,10 +386,10 @@ def draw_landscape(record: dict[str, Any], path: Path) -> None:
     save_figure(path, figure)
 
 
-def label_timesteps(axes: Any, timesteps: list[int]) -> None:
+def label_timesteps(axes: Any, timesteps: list[float]) -> None:
     """Labels an axis of steps with their timesteps."""
     ticks = np.linspace(0, len(timesteps) - 1, num=min(7, len(timesteps))).round().astype(int)
-    axes.set_xticks(ticks, [str(timesteps[i]) for i in ticks])
+    axes.set_xticks(ticks, [f"{timesteps[i]:.0f}" for i in ticks])
     axes.set_xlabel("timestep, from noise to clean")
 
 

@@ -63,6 +63,7 @@ def check_training_options(cfg: TrainConfig) -> None:
         )
     if cfg.stale_features and cfg.use_image_num:
         raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
+    make_diffusion(cfg)
     if cfg.preview_every:
         preview_plans(cfg, torch.device("cpu"))
 

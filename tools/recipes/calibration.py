@@ -211,7 +211,7 @@ class Calibration:
             for count in range(len(timesteps), 1, -1):
                 candidate = fitted_candidate(cfg, kind, timesteps[:count], "")  # costs as much as that with other steps
                 if candidate.plan.share <= budget + ROUNDING or count == 2:
-                    steps = choose_steps(gram, angles, growth, count, exponent)
+                    steps = choose_steps(gram, angles, growth, count, exponent, self.cfg.process == "flow")
                     chosen = [timesteps[i] for i in steps]
                     return self.fit(fitted_candidate(cfg, kind, chosen, f"growth^{exponent:g}"))
             raise AssertionError("two steps of the reference at least")

@@ -2,9 +2,9 @@
 
 A step of the solver goes from state x_i at evaluated step i to state x_j:
     x_j = a x_i + b0 v_i + b1 v_h + b2 v_g + e x_h,
-where h and g are the evaluated steps before i, and v = alpha eps - sigma x_0 is the velocity (Salimans & Ho 2022). The
-five numbers of a step, its move, are fitted by ridge regression around those of a second-order solver in the angle
-phi = atan(sigma / alpha), see `prior_move`.
+where h and g are the evaluated steps before i, and v is the velocity: alpha eps - sigma x_0 (Salimans & Ho 2022), or
+eps - x_0 of a flow. The five numbers of a step, its move, are fitted by ridge regression around those of a second-order
+solver in the angle phi = atan(sigma / alpha), see `prior_move`.
 Letters: N steps of the reference run, so that x_0 ... x_N are its states; K evaluated steps; G the largest gap.
 """
 
@@ -18,21 +18,26 @@ from torch import Tensor
 RIDGE = 1e-6  # for columns of unit norm
 
 
-def prior_move(angles: Sequence[float], previous: int | None, current: int, following: int) -> list[float]:
+def prior_move(
+    angles: Sequence[float], previous: int | None, current: int, following: int, straight: bool = False
+) -> list[float]:
     """The move of a second-order solver, (a, b0, b1, b2, e); DDIM's if there is no previous step.
 
     DDIM holds x_0 and eps: x_j = x_i cos d - v_i sin d with d = phi_i - phi_j. Held from step h on, they would give the
     velocity v_h cos d' + x_h sin d' at step i, with d' = phi_h - phi_i. By how much v_i differs is the change of the
     prediction over d', and half of the change to be expected over d is added to v_i.
 
-    angles: phi of states 0 ... N, from noise to clean; the last is 0.
+    Args:
+        angles: phi of states 0 ... N, from noise to clean; the last is 0.
+        straight: of a flow, whose paths are lines: angles are its times s, and x_0 and eps held give the velocity v_h.
     """
+    cos, sin = (lambda d: 1.0, lambda d: d) if straight else (math.cos, math.sin)
     d = angles[current] - angles[following]
     if previous is None:
-        return [math.cos(d), -math.sin(d), 0.0, 0.0, 0.0]
+        return [cos(d), -sin(d), 0.0, 0.0, 0.0]
     before = angles[previous] - angles[current]
-    half = math.sin(d) * min(1.0, d / (2 * before))
-    return [math.cos(d), -math.sin(d) - half, half * math.cos(before), 0.0, half * math.sin(before)]
+    half = sin(d) * min(1.0, d / (2 * before))
+    return [cos(d), -sin(d) - half, half * cos(before), 0.0, 0.0 if straight else half * sin(before)]
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ def ridge(gram: Tensor, cross: Tensor, prior: Tensor) -> Tensor:
     return prior + torch.linalg.solve(scaled, missing[..., None])[..., 0] / norms
 
 
-def step_errors(gram: Tensor, angles: Sequence[float], max_gap: int) -> np.ndarray:
+def step_errors(gram: Tensor, angles: Sequence[float], max_gap: int, straight: bool = False) -> np.ndarray:
     """Relative errors of single fitted steps along the reference run: E[i, i - h, j - i], (N, G + 1, G + 1).
 
     E[i, 0, :] is for a first step i = 0, which has no previous one. Impossible steps have an infinite error.
@@ -58,6 +63,7 @@ def step_errors(gram: Tensor, angles: Sequence[float], max_gap: int) -> np.ndarr
         gram: products of x_0 ... x_N, v_0 ... v_(N-1) with each other, summed over runs, (2N + 1, 2N + 1), float64.
         angles: phi of the states.
         max_gap: G, the largest distance of neighbouring evaluated steps.
+        straight: see `prior_move`.
     """
     N = len(angles) - 1
     errors = np.full((N, max_gap + 1, max_gap + 1), np.inf)
@@ -71,7 +77,7 @@ def step_errors(gram: Tensor, angles: Sequence[float], max_gap: int) -> np.ndarr
         h, i, j = (torch.tensor(column) for column in zip(*chunk, strict=True))
         columns = [i, N + 1 + i] if first else [i, N + 1 + i, N + 1 + h, h]
         index = torch.stack(columns, dim=1)  # (M, 2 or 4)
-        moves = [prior_move(angles, None if first else h_, i_, j_) for h_, i_, j_ in chunk]
+        moves = [prior_move(angles, None if first else h_, i_, j_, straight) for h_, i_, j_ in chunk]
         prior = torch.tensor(moves, dtype=torch.float64)[:, [0, 1] if first else [0, 1, 2, 4]]
         products = gram[index[:, :, None], index[:, None, :]]  # (M, K, K)
         cross = gram[index, j[:, None]]  # (M, K)

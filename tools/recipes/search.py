@@ -32,9 +32,9 @@ class Fit:
 
 
 def angles_of(diffusion: Diffusion) -> list[float]:
-    """phi = atan(sigma / alpha) of states 0 ... N, from noise to clean; the last is 0."""
+    """phi = atan(sigma / alpha) (of a flow: its time s) of states 0 ... N, from noise to clean; the last is 0."""
     signal = diffusion.alphas_cumprod[::-1]
-    return [*np.arctan2(np.sqrt(1 - signal), np.sqrt(signal)).tolist(), 0.0]
+    return [*diffusion.clock(*map(torch.from_numpy, (np.sqrt(signal), np.sqrt(1 - signal)))).tolist(), 0.0]
 
 
 def relative_l2(a: Tensor, b: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ def gram_of(folder: Path, seeds: Sequence[int]) -> Tensor:
 
 
 def choose_steps(
-    gram: Tensor, angles: Sequence[float], growth: np.ndarray, num_steps: int, exponent: float
+    gram: Tensor, angles: Sequence[float], growth: np.ndarray, num_steps: int, exponent: float, straight: bool = False
 ) -> list[int]:
     """The `num_steps` states to evaluate that minimise the errors of single steps, weighted by growth^exponent."""
     N = len(angles) - 1
     max_gap = min(N, max(12, math.ceil(4 * N / num_steps)))
-    errors = step_errors(gram, angles, max_gap)
+    errors = step_errors(gram, angles, max_gap, straight)
     for i in range(N):
         reach = min(max_gap, N - i)
         errors[i, :, 1 : reach + 1] *= growth[i + 1 : i + reach + 1] ** exponent
@@ -166,7 +166,7 @@ def fit_moves(
     before: dict[int, Tensor] = {}  # the state of the evaluated step before
     moves, previous = [], None
     for number, (current, following) in enumerate(zip(steps, [*steps[1:], len(angles) - 1], strict=True)):
-        products, prior = [], prior_move(angles, previous, current, following)
+        products, prior = [], prior_move(angles, previous, current, following, diffusion.process == "flow")
         for b in mine:
             t = torch.full((len(x[b]),), diffusion.num_timesteps - 1 - current, device=pipe.device)
             x0 = diffusion.p_mean_variance(denoisers[b], x[b], t, False, {"y": labels[b]})["pred_xstart"]
