@@ -5,27 +5,30 @@ Readers seek to a keyframe before each chosen frame where seeking is exact, so t
 """
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import av
+import av.filter
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
+
+from datasets.video_index import LONG, BadClip, VideoIndex, decode_in_order, find_index
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"}
 READERS = ("pyav", "decord")  # see `read_video`
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+EIGHT_BIT = ("yuv420p", "yuvj420p")  # the usual pixel formats
+ASPECT_ROUNDING = 0.01  # pixels that are less than this from square are taken as square
+MAX_ASPECT = 8  # wider or higher pixels are an error of the file
+MAX_SLANT = 0.0175  # tangent of a degree: what FFmpeg still takes as a multiple of 90 degrees
 
 Choose = Callable[[int], Sequence[int]]  # number of frames -> increasing indices of frames to read
 Read = Callable[[Path, Choose], torch.Tensor]
-
-
-class BadClip(Exception):
-    """A video cannot be used. The message is the reason: it is too short, or does not decode."""
 
 
 def has_suffix(name: str, suffixes: set[str]) -> bool:
@@ -38,19 +41,86 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
-class Packet(NamedTuple):
-    """The times and flags of one encoded frame. Packets come in the order of the file, which is decoding order."""
+class ToPixels:
+    """Converts frames of a video to upright frames of square pixels, (H, W, 3) uint8, as the ffmpeg command line does.
 
-    pts: int  # presentation time
-    dts: int | None  # decoding time
-    is_keyframe: bool
-    is_discard: bool  # decoded but not shown, because an edit list cuts it off
+    The conversion is the filter graph of that program, so the pixels are the same bit for bit. swscale alone is quicker
+    and does the same to usual frames; in 10-bit, 4:2:2 and interlaced video it sites and filters chroma in another way.
+
+    Args:
+        aspect: the width of a pixel over its height.
+    """
+
+    def __init__(self, aspect: float):
+        self.aspect, self.reformatter = aspect, VideoReformatter()
+        self.graph, self.layout, self.matrix = None, None, None
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        layout = frame.width, frame.height, frame.format.name
+        if layout != self.layout:
+            self.graph, self.layout, self.matrix = None, layout, display_matrix(frame)
+        if self.aspect == 1 and frame.format.name in EIGHT_BIT and not frame.interlaced_frame:
+            # One thread: the processes that read are the parallelism.
+            rgb = self.reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
+        else:
+            self.graph = self.graph or self._make_graph(*layout)
+            self.graph.vpush(frame)
+            rgb = self.graph.vpull()
+        return upright(rgb.to_ndarray(), self.matrix)
+
+    def _make_graph(self, width: int, height: int, pixel_format: str) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        graph.threads = 1
+        nodes = [graph.add_buffer(width=width, height=height, format=pixel_format, time_base=Fraction(1))]
+        if self.aspect != 1:
+            nodes.append(graph.add("scale", f"{round(width * self.aspect)}:{height}"))
+        graph.link_nodes(*nodes, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        return graph
+
+
+def pixel_aspect(stream: av.VideoStream) -> float:
+    """Returns the width of a video's pixels over their height; raises BadClip if that cannot be meant."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+        raise BadClip(f"its pixels are {aspect:g} times as wide as high")
+    return aspect if abs(aspect - 1) > ASPECT_ROUNDING else 1
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """Returns the matrix that turns a frame upright, 9 integers, or None."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the type of other side data, such as EXIF
+        if frame.rotation:
+            raise BadClip(f"it is turned by {frame.rotation} degrees in a way that cannot be read") from None
+        return None
+    return None if matrix is None else np.frombuffer(matrix, np.int32)
+
+
+def upright(pixels: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """Returns pixels (H, W, 3) turned and mirrored by a display matrix (a, b, _, c, d, ...).
+
+    The matrix takes a pixel to x' = a x + c y and y' = b x + d y.
+
+    Raises:
+        BadClip: the angle is not a multiple of 90 degrees.
+    """
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = map(float, matrix[:5])
+    if max(abs(b), abs(c)) <= min(abs(a), abs(d)) * MAX_SLANT:
+        x, y = a, d
+    elif max(abs(a), abs(d)) <= min(abs(b), abs(c)) * MAX_SLANT:
+        pixels, x, y = pixels.swapaxes(0, 1), c, b
+    else:
+        raise BadClip("it is turned by an angle that is no multiple of 90 degrees")
+    return pixels[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1]
 
 
 def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor:
-    """Returns the chosen frames of a video file, (F, 3, H, W) uint8.
+    """Returns the chosen frames of a video file, (F, 3, H, W) uint8, as the ffmpeg command line shows them.
 
-    The times of all packets are read first, without decoding; they tell how many frames there are and where to seek.
+    They stand upright, and their pixels are square.
 
     Args:
         reader: pyav, or decord: decord for files in which it seeks exactly, PyAV for the others.
@@ -60,149 +130,181 @@ def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor
     """
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise BadClip("does not decode (FFmpeg does not know its codec)")
-            packets = [
-                Packet(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.pts is not None
-            ]
-            indices = choose(sum(not packet.is_discard for packet in packets))
+            index = find_index(container)
+            indices = choose(len(index))
             frames = None
-            if reader == "decord" and _decord_is_exact(container, packets):
-                frames = _read_decord(path, indices)
+            if reader == "decord":
+                if index.not_decord is None:
+                    index.not_decord = _why_not_decord(container, index)
+                if not index.not_decord:
+                    frames = _read_decord(path, index, indices)
             if frames is None:
-                frames = _read_pyav(container, packets, indices)
-    # IndexError: there is no video stream. ValueError: frames differ in size.
-    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+                frames = _read_pyav(container, index, indices)
+    except (av.FFmpegError, OSError) as error:
         raise BadClip(f"does not decode ({type(error).__name__})") from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
 
 
-def _decord_is_exact(container: av.container.InputContainer, packets: list[Packet]) -> bool:
-    """Returns whether decord's seek finds the right frames of this file.
+def _why_not_decord(container: av.container.InputContainer, index: VideoIndex) -> str:
+    """Returns why decord cannot be trusted with this file, or an empty string.
 
-    decord silently returns wrong frames with an edit list, in MPEG-PS and MPEG-TS, in .avi with H.264 or B-frames, and
-    in an open group of pictures (B-frames that refer across a keyframe). Packets do not always show the last, so every
-    file with B-frames is refused.
+    decord silently returns wrong frames in many kinds of files. It is used for those in which it was always right: one
+    upright stream of H.264, MPEG-4 or MJPEG in 8 bits, from time 0 on, without B-frames, in groups of pictures that
+    decode alone. It reads a whole file when it opens it, so long files are PyAV's too.
     """
-    codec, file_format = container.streams.video[0].codec_context, container.format.name
-    if codec.has_b_frames or any(packet.is_discard for packet in packets):
-        return False
-    return codec.name != "h264" if file_format == "avi" else file_format.startswith(("mov", "matroska"))
+    stream, file_format = container.streams[index.stream], container.format.name
+    codec = stream.codec_context
+    if codec.name not in ("h264", "mpeg4", "mjpeg") or not file_format.startswith(("avi", "mov", "matroska")):
+        return f"{codec.name} in {file_format}"
+    if codec.name == "h264" and file_format == "avi":
+        return "H.264 in .avi"
+    if codec.has_b_frames:
+        return "B-frames"
+    if index.clock != "pts" or index.shown_at[0] != 0 or len(index) < len(index.times):
+        return "edit list or irregular times"
+    if not index.decodes_from_keyframes or sum(e.is_keyframe for e in stream.index_entries) > len(index.keyframes):
+        return "keyframes that are none"
+    if len(container.streams.video) > 1:
+        return "several video streams"
+    if pixel_aspect(stream) != 1:
+        return "pixels that are not square"
+    if len(index) >= LONG:
+        return "long file"
+    with av.open(container.name) as reopened:
+        frame = next(decode_in_order(reopened, index.stream), None)
+    if frame is None:
+        return "no first frame"
+    if display_matrix(frame) is not None:
+        return "turned"
+    return "" if frame.format.name in EIGHT_BIT else frame.format.name
 
 
-def _read_decord(path: Path, indices: Sequence[int]) -> np.ndarray | None:
+def _read_decord(path: Path, index: VideoIndex, indices: Sequence[int]) -> np.ndarray | None:
     """Returns the frames, (F, H, W, 3) uint8, or None if decord fails; PyAV can read some of those files."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        frames = decord.VideoReader(str(path), num_threads=1).get_batch(indices).asnumpy()
+        video = decord.VideoReader(str(path), num_threads=1)
+        if len(video) == len(index):
+            return video.get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError):
-        return None
-    return frames if frames.shape[-1] == 3 else None  # decord returns a rotated video with four channels
+        pass
+    index.not_decord = "decord fails"
+    return None
 
 
-def _read_pyav(container: av.container.InputContainer, packets: list[Packet], indices: Sequence[int]) -> np.ndarray:
-    """Returns the frames `indices`, (F, H, W, 3) uint8. A frame is found in one of three ways:
+class Clip:
+    """The frames of a clip, (F, H, W, 3) uint8, while they are decoded. A key identifies each; keys may repeat."""
 
-    - By the pts of its packet, which the decoded frame carries too. This is the usual way.
-    - .avi stores no pts, and FFmpeg guesses it wrongly where MPEG-4 packs two frames into one packet (part of UCF101).
-      The MPEG-4 decoder returns a frame with each packet but the first, so the dts of the *next* packet identifies it.
-    - By counting from the start of the file: H.264 with B-frames in .avi, whose decoder returns frames irregularly, and
-      MPEG-PS, whose times can be others after a seek.
-    """
-    codec, file_format = container.streams.video[0].codec_context, container.format.name
-    reordered_avi = file_format == "avi" and codec.has_b_frames
-    if file_format == "mpeg" or (reordered_avi and codec.name == "h264"):
-        frames = _decode_from_start(container.name, indices)
+    def __init__(self, keys: Sequence[int | None], to_pixels: ToPixels):
+        self.num_frames, self.to_pixels = len(keys), to_pixels
+        self.rows: dict[int | None, list[int]] = {}
+        for row, key in enumerate(keys):
+            self.rows.setdefault(key, []).append(row)
+        self.pixels, self.missing = np.empty(0, np.uint8), set(self.rows)
+
+    def add(self, key: int | None, frame: av.VideoFrame) -> None:
+        """Keeps `frame` if the clip has a frame of this key."""
+        if key not in self.rows:
+            return
+        pixels = self.to_pixels(frame)  # (H, W, 3)
+        if not self.pixels.size:
+            self.pixels = np.empty((self.num_frames, *pixels.shape), np.uint8)
+        if pixels.shape != self.pixels.shape[1:]:
+            raise BadClip("its frames differ in size")
+        for row in self.rows[key]:
+            self.pixels[row] = pixels
+        self.missing.discard(key)
+
+
+def _read_pyav(container: av.container.InputContainer, index: VideoIndex, indices: Sequence[int]) -> np.ndarray:
+    """Returns the frames `indices`, (F, H, W, 3) uint8."""
+    to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
+    if index.clock == "count":
+        clip = Clip(indices, to_pixels)
+        with av.open(container.name) as reopened:
+            frames = decode_in_order(reopened, index.stream, skip_broken=True)
+            for number, frame in enumerate(islice(frames, max(indices) + 1)):
+                clip.add(number, frame)
     else:
-        frames = _seek_and_decode(container, packets, indices, clock="dts" if reordered_avi else "pts")
-    if len(frames) < len(indices):
+        clip = _seek_and_decode(container, index, np.array(indices), to_pixels)
+    if clip.missing:
         raise BadClip("does not decode (frames are missing)")
-    return np.stack(frames)
+    return clip.pixels
 
 
 def _seek_and_decode(
-    container: av.container.InputContainer, packets: list[Packet], indices: Sequence[int], clock: str
-) -> list[np.ndarray]:
-    """Seeks to the keyframes before the frames `indices`; returns those of the frames that decode from there.
+    container: av.container.InputContainer, index: VideoIndex, indices: np.ndarray, to_pixels: ToPixels
+) -> Clip:
+    """Seeks to the keyframes before the frames `indices`, and decodes from there.
 
-    `clock` is pts or dts, the time that identifies frames and packets. For each frame, `first` is the keyframe to
-    decode from, and `last` the packet whose time identifies the frame.
+    For each frame, `first` is the keyframe to decode from, and `last` the packet whose time identifies the frame.
     """
-    keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-    if clock == "dts":
-        last = [i + 1 for i in indices]  # the decoder returns frame i with packet i + 1
+    last = index.packets[indices]
+    if index.clock == "dts":
         # Packet k, a keyframe, can be frame k + 2: then the 2 B-frames after it in the file are shown before it.
-        first = [max((k for k in keyframes if k <= i - 2), default=0) for i in indices]
-        start = 0  # always decode packet 0: its header says whether frames are packed
+        position = np.searchsorted(index.keyframes, indices - 2, side="right")
     else:
-        shown = [i for i, packet in enumerate(packets) if not packet.is_discard]
-        shown.sort(key=lambda i: packets[i].pts)
-        last = [shown[i] for i in indices]
-        first = [max((k for k in keyframes if packets[k].pts <= packets[i].pts), default=0) for i in last]
-        start = first[0]
-    times = [*(getattr(packet, clock) for packet in packets), None]  # None: the empty packet at the end of a file
-    wanted = [times[i] for i in last]
-    runs = dict(sorted(zip(first, last, strict=True)))  # keyframe -> the last packet to decode from there
-    needed = {times[start]} | {times[i] for begin, end in runs.items() for i in range(begin, end + 1)}
-    seek_time = packets[start].pts if packets[start].dts is None else packets[start].dts
-    container.seek(seek_time, stream=container.streams.video[0])
-    frames = _decode(container, clock, wanted, needed)
-    if len(frames) < len(wanted):  # an open group of pictures: decode the whole file
+        position = np.searchsorted(index.times[index.keyframes], index.times[last], side="right")
+    first = index.keyframes[np.maximum(position - 1, 0)]
+    start = 0 if index.clock == "dts" else first.min()  # dts: the header of packet 0 says whether frames are packed
+
+    def times_of(packets: Iterable[int]) -> list[int | None]:
+        return [int(index.times[i]) if i < len(index.times) else None for i in packets]  # None: the end of the file
+
+    clip = Clip(times_of(last), to_pixels)
+    runs = dict(sorted(zip(first.tolist(), last.tolist(), strict=True)))  # keyframe -> the last packet to decode
+    needed = set(times_of([start, *chain(*(range(begin, end + 1) for begin, end in runs.items()))]))
+    container.seek(int(index.dts[start]), stream=container.streams[index.stream])
+    if not _decode(container, index, clip, needed, set(times_of(runs))) or clip.missing:
+        # An open group of pictures, or no true keyframe: decode the whole file.
         with av.open(container.name) as reopened:
-            frames = _decode(reopened, clock, wanted, set(times))
-    return frames
+            _decode(reopened, index, clip)
+    return clip
 
 
 def _decode(
-    container: av.container.InputContainer, clock: str, wanted: list[int | None], needed: set[int | None]
-) -> list[np.ndarray]:
-    """Decodes packets from the position of `container` on; returns those of the frames `wanted` that it finds.
+    container: av.container.InputContainer,
+    index: VideoIndex,
+    clip: Clip,
+    needed: Collection[int | None] | None = None,
+    keyframes: Collection[int | None] = (),
+) -> bool:
+    """Decodes packets from the position of `container` on, and gives the frames to `clip`.
 
     Args:
-        clock: pts or dts, the time that identifies frames and packets.
-        wanted: the times of the frames; the result has their order.
-        needed: the times of the packets to decode; the others are skipped.
+        needed: the times of the packets to decode; the others are skipped. None: all packets.
+        keyframes: the times of packets that are called keyframes.
+
+    Returns:
+        Whether `keyframes` are keyframes.
     """
-    images, waiting, chosen = {}, set(wanted), set(wanted)  # waiting: frames whose packet has not been read yet
-    reformatter = VideoReformatter()
-    stream = container.streams.video[0]
+    waiting = set(clip.rows)  # frames whose packet has not been read yet
+    stream = container.streams[index.stream]
     codec = stream.codec_context
     codec.thread_count = 1  # the loader's workers run in parallel already
     for packet in container.demux(stream):
-        time, frames = getattr(packet, clock), []
-        if packet.size and time in needed:
+        time, frames = getattr(packet, index.clock), []
+        is_needed = needed is None or time in needed
+        if packet.size and is_needed:
             if codec.name == "h264":  # decode an unwanted frame only if others refer to it
                 codec.skip_frame = "DEFAULT" if time in waiting else "NONREF"
             frames = codec.decode(packet)
         waiting.discard(time)
-        if not waiting or time not in needed:  # the decoder can return the frames it holds: flush it
+        if not waiting or not is_needed:  # the decoder can return the frames it holds: flush it
             held = codec.decode(None)
             codec.flush_buffers()
-            if clock == "pts" or time is None:
+            if index.clock == "pts" or time is None:
                 frames += held
         for frame in frames:
-            time = getattr(frame, clock)
-            if time in chosen:
-                images[time] = _pixels(frame, reformatter)
+            time = getattr(frame, index.clock)
+            if index.clock == "pts" and time in keyframes and not frame.key_frame:
+                return False
+            clip.add(time, frame)
         if not waiting:
             break
-    return [images[time] for time in wanted if time in images]
-
-
-def _decode_from_start(path: str, wanted: Sequence[int]) -> list[np.ndarray]:
-    """Decodes a file from its start; returns those of the frames with numbers `wanted` that decode."""
-    with av.open(path) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        frames, reformatter = islice(container.decode(video=0), wanted[-1] + 1), VideoReformatter()
-        return [_pixels(frame, reformatter) for i, frame in enumerate(frames) if i in wanted]
-
-
-def _pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Returns the pixels of a frame, (H, W, 3) uint8, upright. `reformatter` keeps tables for all frames of a file."""
-    return np.rot90(reformatter.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
+    return True
 
 
 def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:
@@ -222,9 +324,38 @@ def read_frame_folder(path: Path, choose: Choose) -> torch.Tensor:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """Returns the pixels of an image file, (3, H, W) uint8; raises BadClip if the file is not an image."""
+    """Returns the pixels of an image file, (3, H, W) uint8, upright and without transparency.
+
+    Raises:
+        BadClip: the file is not one image, or its white or the shape of its pixels is not known.
+    """
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+            pixels = _image_pixels(image)
+    except BadClip as error:
+        raise BadClip(f"{path.name}: {error}") from None
     except Exception as error:  # on a broken file Pillow raises anything from OSError to SyntaxError
         raise BadClip(f"{path.name} is not an image ({type(error).__name__})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def _image_pixels(image: Image.Image) -> np.ndarray:
+    """Returns the pixels of an opened image, (H, W, 3) uint8; see `read_image` for the errors."""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photograph and previews of it
+        raise BadClip(f"it holds {image.n_frames} frames or pages, where one image is needed")
+    for key in ("jfif_density", "dpi", "aspect", "resolution"):
+        x, y = map(float, image.info.get(key, (1, 1)))
+        # Programs disagree which of the two numbers is the wider pixel, so it cannot be mended here.
+        if x and y and abs(x / y - 1) > ASPECT_ROUNDING:
+            raise BadClip(f"its pixels are not square ({key} {x:g} x {y:g}); resize it, and store it without")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))  # as Pillow reduces 16-bit colors
+    elif image.mode == "F":
+        values = np.array(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise BadClip(f"its numbers lie between {values.min():g} and {values.max():g}; 0 to 1 is needed")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    elif image.mode == "I":
+        raise BadClip("its numbers have 32 bits, of which white is not known; 8 or 16 bits are needed")
+    return np.array(image.convert("RGB"))

@@ -62,8 +62,9 @@ from tqdm import tqdm
 
 from configs.files import check_record, write_json, write_text
 from datasets.clips import find_frame_folders, find_videos, summary
-from datasets.readers import IMAGE_SUFFIXES, has_suffix, natural_order
+from datasets.readers import IMAGE_SUFFIXES, BadClip, ToPixels, has_suffix, natural_order, pixel_aspect
 from datasets.transforms import square
+from datasets.video_index import decode_in_order, find_index
 
 RECORD = "frames.json"  # in frame_data_path: the options that its frames were made with
 RECORDED = ("image_size", "fps", "stride", "frame_format", "quality")
@@ -123,7 +124,7 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
             raise ValueError("no frames")
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished.rename(folder)
-    except (av.FFmpegError, OSError, IndexError, ValueError, TypeError) as error:  # broken, no video, or a full disk
+    except (BadClip, av.FFmpegError, OSError, ValueError) as error:  # broken, no video, or a full disk
         return f"{video}: {type(error).__name__} ({getattr(error, 'strerror', None) or error})"
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -132,24 +133,23 @@ def convert(job: tuple[Path, Path, Path, FrameOptions]) -> str | None:
 def chosen_frames(video: Path, cfg: FrameOptions) -> Iterator[Image.Image]:
     """The frames of a video that fps and stride choose, in one pass over the file, where `read_video` seeks."""
     with av.open(str(video)) as container:
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        if codec is None:
-            raise ValueError("FFmpeg does not know its codec")
-        codec.thread_count = 1  # the processes are the parallelism
-        even = codec.has_b_frames and container.format.name == "avi"  # whose times are those of decoding
-        start, count = None, 0
-        for i, frame in enumerate(container.decode(stream)):
-            now = i / float(stream.average_rate) if even else frame.time
-            start = now if start is None else start
-            tick = int((now - start + 0.006) * cfg.fps) if cfg.fps else i  # .gif rounds times to 0.01 s
-            while count * cfg.stride <= tick:  # more than once where the video is slower than fps
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()  # (H, W, 3)
+        index = find_index(container)
+        to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
+    chosen = (index.at_rate(cfg.fps) if cfg.fps and len(index) else np.arange(len(index)))[:: cfg.stride]
+    times = np.bincount(chosen, minlength=len(index))  # more than once where the video is slower than fps
+    with av.open(str(video)) as container:
+        count = 0
+        for frame in decode_in_order(container, index.stream, skip_broken=index.clock == "count"):
+            if times[count]:
+                pixels = to_pixels(frame).copy()  # (H, W, 3)
                 if cfg.image_size:
                     pixels = square(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False)
                     pixels = pixels.permute(1, 2, 0).numpy()
-                yield Image.fromarray(pixels)
-                count += 1
+                for _ in range(times[count]):
+                    yield Image.fromarray(pixels)
+            count += 1
+    if count < len(index):
+        raise BadClip("frames are missing")
 
 
 def list_frames(root: Path, shuffle_seed: int | None = None) -> list[str]:

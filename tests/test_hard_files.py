@@ -1,0 +1,313 @@
+"""Files that readers get wrong: each is read as the ffmpeg command line shows it, or refused in one line.
+
+Both readers, the data set, the converter to frames and the encoder of latents are held to the same table.
+"""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from safetensors import safe_open
+
+from datasets import get_dataset
+from datasets.readers import BadClip, read_frame_folder, read_image, read_video
+from tools import convert_videos_to_frames, encode_latents
+
+NUM, HEIGHT, WIDTH = 48, 64, 96
+PATCHES = ((200, 40, 40), (40, 180, 40), (40, 40, 200), (225, 172, 106), (220, 220, 220), (20, 20, 20))
+X264 = "-c:v libx264 -g 12 -crf 15 -pix_fmt yuv420p"
+COPY, B_FRAMES = "-c copy", f"{X264} -bf 2 -b_strategy 0"
+PALETTE = "-filter_complex split[a][b];[a]palettegen[p];[b][p]paletteuse"
+OPEN_HEVC = "-c:v libx265 -pix_fmt yuv420p -x265-params log-level=none:open-gop=1:keyint=12:min-keyint=12:scenecut=0"
+
+# name -> the fault; the input and the options that make it; frames, height and width; numbers of the first and the last
+FILES = {
+    "plain.mp4": ("none", "-i in.mp4 -c copy", (48, 64, 96), (0, 47)),
+    "hflip.mp4": ("mirrored", f"-display_hflip -i in.mp4 {COPY}", (48, 64, 96), None),
+    "vflip.mkv": ("mirrored", f"-display_vflip -i in.mp4 {COPY}", (48, 64, 96), None),
+    "rot90.mp4": ("turned", f"-display_rotation 90 -i in.mp4 {COPY}", (48, 96, 64), None),
+    "rot180.mkv": ("turned", f"-display_rotation 180 -i in.mp4 {COPY}", (48, 64, 96), None),
+    "rot270.mov": ("turned", f"-display_rotation 270 -i in.mp4 {COPY}", (48, 96, 64), None),
+    "transposed.mp4": ("turned, mirrored", f"-display_rotation 90 -display_hflip -i in.mp4 {COPY}", (48, 96, 64), None),
+    "anti.mp4": ("turned, mirrored", f"-display_rotation 270 -display_hflip -i in.mp4 {COPY}", (48, 96, 64), None),
+    "rot45.mp4": ("turned by 45", f"-display_rotation 45 -i in.mp4 {COPY}", "no multiple of 90", None),
+    "pal8.avi": ("the palette comes once", f"-i in.mp4 {PALETTE} -c:v rawvideo -pix_fmt pal8", (48, 64, 96), (0, 47)),
+    "joined.ts": ("the clock restarts", None, (96, 64, 96), (0, 0)),
+    "joined.mpg": ("the clock restarts", None, (96, 64, 96), (0, 46)),
+    "same_time.mkv": (
+        "two frames at one time", f"-i in.mp4 {X264} -bf 0 -vf setpts=N*N*40/TB/1000 -fps_mode passthrough",
+        (48, 64, 96), (0, 47),
+    ),
+    "variable.mp4": (
+        "no frame rate", f"-i in.mp4 {B_FRAMES} -vf setpts=N*(N+9)*4/TB/1000 -fps_mode passthrough",
+        (48, 64, 96), (0, 47),
+    ),
+    "refresh.mp4": (
+        "keyframes that are none", f"-i in.mp4 {X264} -x264-params intra-refresh=1:keyint=12:bframes=0",
+        (48, 64, 96), (0, 47),
+    ),
+    "all_sync.mp4": ("all frames are called keyframes", None, (48, 64, 96), (0, 47)),
+    "negative.mkv": ("times below 0", f"-ss 0.5 -i in.mp4 {COPY} -avoid_negative_ts disabled", (48, 64, 96), (0, 47)),
+    "edit.mp4": ("an edit list", f"-ss 1.5 -i b.mp4 {COPY}", (30, 64, 96), (18, 47)),
+    "late.mp4": ("times from 5 s on", f"-i in.mp4 {COPY} -output_ts_offset 5", (48, 64, 96), (0, 47)),
+    "order.mp4": ("times in the order of decoding", f"-i b.avi {COPY}", (48, 64, 96), (0, 47)),
+    "fragments.mp4": ("fragmented", f"-i b.mp4 {COPY} -movflags frag_keyframe+empty_moov", (48, 64, 96), (0, 47)),
+    "wrap.ts": ("the clock overflows", f"-i b.mp4 {COPY} -output_ts_offset 95442", (48, 64, 96), (0, 47)),
+    "two.mp4": ("two videos", f"-i small.mp4 -i in.mp4 -map 0 -map 1 {COPY}", (48, 64, 96), (0, 47)),
+    "default.mkv": (
+        "two videos", f"-i in.mp4 -i small.mp4 -map 0 -map 1 {COPY} -disposition:v:0 0 -disposition:v:1 default",
+        (48, 32, 48), (0, 47),
+    ),
+    "cover.mp4": (
+        "cover art", f"-i in.mp4 -i cover.png -map 1 -map 0 {COPY} -disposition:v:0 attached_pic",
+        (48, 64, 96), (0, 47),
+    ),
+    "starts_late.ts": ("starts without a keyframe", None, (24, 64, 96), (24, 47)),
+    "unseen.webm": (
+        "frames that nobody sees", "-i in.mp4 -c:v libvpx -auto-alt-ref 1 -lag-in-frames 16 -g 24 -crf 10 -b:v 200k",
+        (48, 64, 96), (0, 47),
+    ),
+    "interlaced.mp4": ("interlaced", f"-i in.mp4 {X264} -x264-params interlaced=1", (48, 64, 96), (0, 47)),
+    "bt709.mp4": ("BT.709", f"-i in.mp4 {X264} -colorspace bt709 -vf scale=out_color_matrix=bt709", (48, 64, 96), None),
+    "bt2020.mkv": (
+        "BT.2020 in 10 bits", "-i in.mp4 -c:v ffv1 -pix_fmt yuv420p10 -vf scale=out_color_matrix=bt2020",
+        (48, 64, 96), None,
+    ),
+    "full.webm": (
+        "BT.709, full range", "-i in.mp4 -c:v libvpx-vp9 -crf 10 -vf scale=out_color_matrix=bt709:out_range=full",
+        (48, 64, 96), None,
+    ),
+    "10bit.mp4": ("10 bits", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv420p10le", (48, 64, 96), (0, 47)),
+    "422.mp4": ("10 bits, 4:2:2", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv422p10le", (48, 64, 96), (0, 47)),
+    "444.mp4": ("4:4:4", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv444p", (48, 64, 96), (0, 47)),
+    "wide.mp4": ("pixels twice as wide", f"-i in.mp4 {X264} -vf setsar=2", (48, 64, 192), None),
+    "high.mkv": ("pixels of 8:9", f"-i in.mp4 {X264} -vf setsar=8/9", (48, 64, 85), None),
+    "almost.avi": ("pixels of 427:426", "-i in.mp4 -c:v mpeg4 -q:v 2 -vf setsar=427/426", (48, 64, 96), None),
+    "garbage.avi": ("pixels of 100:1", "-i in.mp4 -c:v mpeg4 -vf setsar=100", "its pixels are 100 times as wide", None),
+    "sound.mp4": ("no video", "-f lavfi -i sine=d=1", "no video stream", None),
+    "cut_off.mp4": ("truncated", None, "does not decode", None),
+}  # fmt: skip
+
+
+def ffmpeg(*arguments: object, cwd: Path | None = None, **options) -> bytes:
+    command = [get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, **options).stdout
+
+
+def shown_by_ffmpeg(path: Path, height: int, width: int, square: bool = True) -> np.ndarray:
+    """All frames as the ffmpeg command line shows them, (N, height, width, 3); unless `square`, scaled to that size."""
+    scale = [] if square else ["-vf", f"scale={width}:{height}"]
+    raw = ffmpeg("-i", path, *scale, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-")
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+def number(frame: np.ndarray) -> int:
+    """The number that a frame shows: six bars in its upper half, a bit each."""
+    height, width = frame.shape[:2]
+    bars = [
+        frame[height // 10 : height // 3, int((i + 0.3) * width / 6) : int((i + 0.7) * width / 6)] for i in range(6)
+    ]
+    return sum(int(bar.mean() > 125) << i for i, bar in enumerate(bars))
+
+
+def after_third(data: bytes) -> bytes:
+    return data[len(data) // 188 // 3 * 188 :]  # whole packets of MPEG-TS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """`FILES` in the folder `all`, one class; the frames count from 0 in bars, above patches of `PATCHES`."""
+    root = tmp_path_factory.mktemp("hard")
+    frames = np.empty((NUM, HEIGHT, WIDTH, 3), np.uint8)
+    bits = (np.arange(NUM)[:, None] >> np.arange(6)) & 1
+    frames[:, :32] = np.kron(bits[:, None, :, None], np.full((1, 32, 16, 3), 199)) + 25
+    frames[:, 32:] = np.repeat(np.array(PATCHES, np.uint8), 16, axis=0)
+
+    def encode(name: str, options: str, frames: np.ndarray = frames) -> bytes:
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "12", "-i", "-"]
+        ffmpeg(*raw, *options.split(), name, cwd=root, input=frames.tobytes())
+        return (root / name).read_bytes()
+
+    encode("in.mp4", f"{X264} -bf 0")
+    b_frames = encode("b.mp4", B_FRAMES)
+    encode("b.avi", "-c:v mpeg4 -bf 2 -g 12 -q:v 2")
+    encode("small.mp4", f"{X264} -s 48x32")
+    encode("cover.png", "-frames:v 1")
+    forward, backward = encode("a.ts", B_FRAMES), encode("b.ts", B_FRAMES, frames[::-1])
+    program = encode("a.mpg", "-vf setpts=N/24/TB -r 24 -frames:v 48 -c:v mpeg2video -bf 2 -q:v 2")
+    (root / "all").mkdir()
+    for name, (_, options, _, _) in FILES.items():
+        if options:
+            ffmpeg(*options.split(), root / "all" / name, cwd=root)
+    (root / "all" / "joined.ts").write_bytes(forward + backward)
+    (root / "all" / "joined.mpg").write_bytes(program * 2)
+    (root / "all" / "all_sync.mp4").write_bytes((root / "in.mp4").read_bytes().replace(b"stss", b"free"))
+    (root / "all" / "starts_late.ts").write_bytes(after_third(encode("hevc.ts", OPEN_HEVC)))
+    (root / "all" / "cut_off.mp4").write_bytes(b_frames[: len(b_frames) // 2])
+    return root / "all"
+
+
+@pytest.fixture(scope="module")
+def right(files) -> dict[str, np.ndarray]:
+    """The right frames of each file that is not refused."""
+    return {
+        name: shown_by_ffmpeg(files / name, *size[1:], square=name not in ("wide.mp4", "high.mkv"))
+        for name, (_, _, size, _) in FILES.items()
+        if not isinstance(size, str)
+    }
+
+
+def assert_same(frames: torch.Tensor, expected: np.ndarray) -> None:
+    """FFmpeg's releases may round in other ways; these are the same bit for bit where the releases are."""
+    assert frames.shape == (len(expected), 3, *expected.shape[1:3])
+    assert np.abs(frames.permute(0, 2, 3, 1).numpy().astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_as_ffmpeg_shows_it_or_refused_in_one_line(files, right, name, reader):
+    """The whole, frames alone, strided windows, and one frame twice."""
+    _, _, size, ends = FILES[name]
+    if isinstance(size, str):
+        with pytest.raises(BadClip, match=size) as raised:
+            read_video(files / name, range, reader)
+        assert "\n" not in str(raised.value)
+        return
+    expected = right[name]
+    assert expected.shape == (*size, 3)
+    if ends:
+        assert (number(expected[0]), number(expected[-1])) == ends
+    total = len(expected)
+    for choice in (range(total), [0], [total - 1], [13, 13], range(5, total, 7), range(total // 2, total // 2 + 8)):
+        totals = []
+        frames = read_video(files / name, lambda n, choice=choice, totals=totals: totals.append(n) or choice, reader)
+        assert totals == [total]
+        assert_same(frames, expected[list(choice)])
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_the_data_set_holds_every_file_and_names_the_refused(files, reader):
+    args = dict(dataset="ffs", data_path=str(files), num_frames=8, frame_interval=2, image_size=16, use_image_num=0)
+    args |= dict(num_classes=None, global_seed=0, video_reader=reader, latents_path=None, horizontal_flip=False)
+    dataset = get_dataset(SimpleNamespace(**args, frame_data_txt=None, frame_data_path=None))
+    assert len(dataset) == len(FILES)
+    for path, item in zip(dataset.paths, map(dataset.__getitem__, range(len(dataset))), strict=True):
+        refused = FILES[path.name][2]
+        if isinstance(refused, str):
+            assert item["skipped"][0].startswith(f"{path}: ") and refused in item["skipped"][0]
+        else:
+            assert item["name"] == str(path) and item["skipped"] == [] and item["video"].shape == (8, 3, 16, 16)
+
+
+def test_the_converter_writes_what_the_readers_read(files, right, tmp_path, monkeypatch, capsys):
+    """All frames, and those of another rate."""
+    refused = sum(isinstance(size, str) for _, _, size, _ in FILES.values())
+    options = [f"data_path={files}", "num_workers=0", "max_bad_fraction=0.9", "frame_format=png"]
+    for folder, *changes in (("all",), ("slow", "fps=5")):
+        copies = tmp_path / "videos"
+        copies.mkdir(exist_ok=True)
+        for name in FILES:  # a folder takes the name of a file without its suffix
+            (copies / f"{name.replace('.', '_')}{Path(name).suffix}").unlink(missing_ok=True)
+            (copies / f"{name.replace('.', '_')}{Path(name).suffix}").symlink_to(files / name)
+        arguments = [*options, f"data_path={copies}", f"frame_data_path={tmp_path / folder}", *changes]
+        monkeypatch.setattr("sys.argv", ["convert_videos_to_frames.py", *arguments])
+        convert_videos_to_frames.main()
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"0 before, {refused} skipped")
+    for name, expected in right.items():
+        assert_same(read_frame_folder(tmp_path / "all" / name.replace(".", "_"), range), expected)
+    # At 12 frames a second, and whatever the clock says: the first frame at or after each fifth of a second.
+    for name in ("plain.mp4", "late.mp4", "edit.mp4", "refresh.mp4", "negative.mkv"):
+        slow = read_frame_folder(tmp_path / "slow" / name.replace(".", "_"), range)
+        assert_same(slow, right[name][[-(-12 * k // 5) for k in range(len(slow))]])
+        assert len(slow) == (len(right[name]) - 1) * 5 // 12 + 1
+
+
+def test_the_encoder_of_latents_encodes_all_frames(files, right, tiny, tmp_path, monkeypatch):
+    options = [f"data_path={files}", f"latents_path={tmp_path}", f"pretrained_model_path={tiny.parent}"]
+    options += ["dataset=ffs", "image_size=16", "max_bad_fraction=0.9", "num_classes="]
+    monkeypatch.setattr("sys.argv", ["encode_latents.py", *options])
+    encode_latents.main()
+    found = {}
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            found[path.name.removesuffix(".safetensors")] = file.get_slice("moments").get_shape()[0]
+    assert found == {name: len(frames) for name, frames in right.items()}
+
+
+@pytest.mark.parametrize("name", ["bt709.mp4", "full.webm", "bt2020.mkv", "plain.mp4"])
+def test_colors_are_those_of_the_source(files, name):
+    """Not what a library makes of them: the patches that were encoded."""
+    frame = read_video(files / name, lambda total: [0])[0].permute(1, 2, 0).numpy().astype(int)  # (H, W, 3)
+    for i, patch in enumerate(PATCHES):
+        np.testing.assert_allclose(frame[52, 8 + 16 * i], patch, atol=6)  # encoded twice
+
+
+# Images
+
+
+def test_an_image_is_turned_by_its_exif_orientation(tmp_path):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :32] = 200, 40, 40
+    pixels[16:, :16] = 40, 40, 200
+    turn = {
+        1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+        5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+        8: lambda p: np.rot90(p),
+    }  # fmt: skip
+    for orientation, turned in turn.items():
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        for suffix, options in {"png": {}, "tif": {}, "webp": {"lossless": True}, "jpg": {"subsampling": 0}}.items():
+            Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif, **options)
+            image = read_image(tmp_path / f"a.{suffix}").permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(image, turned(pixels), atol=9, err_msg=f"{orientation} {suffix}")
+
+
+RAMP = np.tile(np.arange(256), (4, 1))
+GRAY, ALPHA = Image.fromarray(RAMP.astype(np.uint8)), Image.fromarray((255 - RAMP).astype(np.uint8))
+SMALL, TWO = Image.new("L", (8, 8), 99), {"save_all": True, "append_images": [Image.new("L", (8, 8))]}
+with np.errstate(invalid="ignore", divide="ignore"):
+    NAN = Image.fromarray((RAMP / 0).astype(np.float32))
+IMAGES = {  # name -> the image, and how it is saved; its grey levels, or why it is refused
+    "gray16.png": (Image.fromarray((RAMP * 257).astype(np.uint16)), {}, RAMP),
+    "gray16.tif": (Image.fromarray((RAMP * 257).astype(np.uint16)), {}, RAMP),
+    "float.tif": (Image.fromarray((RAMP / 255).astype(np.float32)), {}, RAMP),
+    "float_255.tif": (Image.fromarray(RAMP.astype(np.float32)), {}, "between 0 and 255"),
+    "nan.tif": (NAN, {}, "between nan and nan"),
+    "int32.tif": (Image.fromarray(RAMP.astype(np.int32)), {}, "have 32 bits"),
+    "palette.png": (GRAY.convert("P"), {}, RAMP),
+    "hole.png": (GRAY.convert("P"), {"transparency": 7}, RAMP),
+    "alpha.png": (Image.merge("RGBA", [GRAY] * 3 + [ALPHA]), {}, RAMP),
+    "alpha.webp": (Image.merge("RGBA", [GRAY] * 3 + [ALPHA]), {"lossless": True, "exact": True}, RAMP),
+    "two.webp": (SMALL, TWO, "2 frames or pages"),
+    "two.png": (SMALL, TWO, "2 frames or pages"),
+    "two.tif": (SMALL, TWO, "2 frames or pages"),
+    "wide.png": (SMALL, {"dpi": (72, 144)}, r"not square \(dpi 72.009 x 143.993\)"),
+    "wide.jpg": (SMALL, {"dpi": (72, 144)}, "not square"),
+    "wide.tif": (SMALL, {"dpi": (72, 144)}, "not square"),
+    "square.jpg": (SMALL, {"dpi": (72, 72)}, np.full((8, 8), 99)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_has_its_own_grey_levels_or_is_refused(tmp_path, name):
+    """Transparency is dropped, as ffmpeg and Pillow do: the colors are those stored beneath it."""
+    image, options, expected = IMAGES[name]
+    image.save(tmp_path / name, **options)
+    if isinstance(expected, str):
+        with pytest.raises(BadClip, match=rf"^{name}: .*{expected}"):
+            read_image(tmp_path / name)
+    else:
+        np.testing.assert_array_equal(read_image(tmp_path / name).numpy(), np.stack([expected] * 3))
+
+
+def test_a_cmyk_jpeg_has_the_colors_that_ffmpeg_shows(tmp_path):
+    image = Image.fromarray(np.kron(np.array([PATCHES], np.uint8), np.ones((8, 8, 1), np.uint8)))
+    image.convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    expected = shown_by_ffmpeg(tmp_path / "a.jpg", 8, 48)[0].astype(int)
+    assert np.abs(read_image(tmp_path / "a.jpg").permute(1, 2, 0).numpy() - expected).max() <= 3
