@@ -13,8 +13,8 @@ from tools.recipes.options import CalibrateConfig
 from tools.recipes.search import growth_positions
 from tools.recipes.trajectories import bytes_per_clip
 
-LIBRARIES, VAE_BYTES, VAE_WIDTH = 0.75e9, 0.34e9, 128  # of a process; of the published VAE
-FORWARD_BUFFERS, DECODER_BUFFERS = 14, 4  # of the size of a layer's output
+LIBRARIES, VAE_BYTES, VAE_WIDTH = 0.9e9, 0.34e9, 128  # of a process; of the published VAE
+FORWARD_BUFFERS, DECODER_BUFFERS = 5, 7.5  # of the size of a layer's output, measured at XL/2 on a CPU
 
 
 def work(cfg: CalibrateConfig) -> float:
