@@ -566,7 +566,7 @@ def test_fidelity_measures_a_recipe_beside_plans(tiny, pipe, tmp_path, monkeypat
     rows_ = {row["run"]: row for row in json.loads((tmp_path / "out/fidelity.json").read_text())["rows"]}
     assert rows_["r6"]["twin"]["relative_l1"]["mean"] == 0 and rows_["r6"]["share"] == 1
     assert rows_["r4"]["twin"]["relative_l1"]["mean"] > 0 and rows_["r4"]["full_steps"] == 4
-    assert rows_["r4"]["twin"]["psnr"]["each"] == rows_["control of r4"]["twin"]["psnr"]["each"]
+    assert rows_["r4"]["twin"]["psnr"]["each"] == rows_["ddim, 4 steps"]["twin"]["psnr"]["each"]
     save_recipe(tmp_path / "r4.json", make_recipe(pipe.cfg, made_for=fingerprint(pipe.cfg) | {"prediction": "v"}))
     with pytest.raises(UserError, match="was made for prediction=v, not eps"):
         run(monkeypatch, fidelity, "--config", tiny, "--cache", *plans, "num_clips=4", f"output={tmp_path}/out")

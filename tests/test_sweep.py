@@ -140,8 +140,8 @@ def test_cells_are_held_against_twin_and_reference(swept):
     assert error[6] < error[4]
 
 
-def test_cached_cells_have_the_uncached_one_of_nearest_cost_as_control(swept):
-    """Of their solver; both are held against the reference, clip by clip. DDPM pairs with nothing."""
+def test_cached_cells_have_the_best_uncached_one_that_they_can_afford_as_control(swept):
+    """Both are held against the reference, clip by clip. DDPM pairs with nothing."""
     rows = {row["name"]: row for row in json.loads((swept / "sweep.json").read_text())["rows"]}
     row, control = rows["ddim-6-g2.5-N2"], rows["ddim-4-g2.5-uncached"]
     assert row["control"] == control["name"] and rows["unipc-8-g2.5-uncached"]["control"] is None

@@ -1,4 +1,4 @@
-"""Fidelity of cached clips to their uncached twins, beside clips of fewer steps at the same cost.
+"""Fidelity of cached clips to their uncached twins, beside the best plain solver that costs no more.
 
     python tools/fidelity.py --cache N2 N3 N4 N5 N6 num_clips=70 seed=10000       # the demo
     python tools/fidelity.py --cache N2 N4 sample_method=ddpm num_sampling_steps=250 controls=False
@@ -9,15 +9,16 @@
 A clip's twin has its seed and label and is sampled uncached. Clips are compared with their twins one by one
 (tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and the error of
 motion, which is that of frame differences. fidelity=teacache adds PSNR, SSIM and LPIPS of mp4 files as means over
-frames, which is how papers on caches report them. Each plan has a control: the uncached sampler with as many steps as
-cost the plan's MACs. Table and record have the paired difference or ratio of each plan to its control, with intervals.
+frames, which is how papers on caches report them. Each plan has controls: DDIM, DPM-Solver++ and UniPC, uncached, with
+as many steps as the plan's MACs pay for. Table and record have the paired difference or ratio of each plan to the best
+of them, with intervals.
 
 Some solvers draw no noise after the first step (ddim with eta=0, dpmsolver++, unipc). They lead a seed to nearly the
 same clip in fewer steps, so controls pair with the twins. Other solvers draw noise at every step (ddpm), and draw other
-noise in fewer steps. Their controls do not pair and have no metrics against the twins; they compare with the plans by
-proxy distances of sets that share no noise (Fréchet distance of tools/metrics/efficientnet.py, no FVD). One is the
-distance to the uncached clips of the other half of the seeds; its row "uncached" shows how far apart equal sets are.
-The other is the distance to the real clips in real_path.
+noise in fewer steps. Their control is the same solver. It does not pair and has no metrics against the twins; it
+compares with the plans by proxy distances of sets that share no noise (Fréchet distance of
+tools/metrics/efficientnet.py, no FVD). One is the distance to the uncached clips of the other half of the seeds; its
+row "uncached" shows how far apart equal sets are. The other is the distance to the real clips in real_path.
 
 The program writes to `output`: fidelity.md, fidelity.json with the metrics of each clip, and clips/, which grows during
 the run (a line for each batch, and the twins' latents). The same command again measures only what is missing. Other
@@ -38,7 +39,7 @@ from tools.metrics.options import MeasureConfig
 class FidelityConfig(MeasureConfig):
     """Fidelity to the uncached run."""
 
-    controls: bool = option(True, "measure also the uncached sampler at each plan's MACs, with fewer steps")
+    controls: bool = option(True, "measure also uncached solvers with as many steps as each plan's MACs pay for")
 
 
 parser = cli.Parser(__doc__, FidelityConfig, DEMO)
@@ -52,6 +53,7 @@ from sample.distributed import distributed
 from sample.pipeline import resolve
 from tools.metrics.cells import Cell, Task, by_class_table, columns, notes, planner, run_cells, write_record
 from tools.metrics.pairs import PAIR_METRICS
+from tools.recipes.candidates import ROUNDING, SOLVERS
 
 
 def main() -> None:
@@ -65,15 +67,14 @@ def main() -> None:
         plan_of = planner(cfg, env.device)
         runs = {twin.plan: twin}  # the name of a row -> its cell
         controls = {}
+        solvers = (twin.method,) if twin.draws_noise(cfg.eta) else SOLVERS
         for cell in cells:
             runs[cell.plan] = cell
-            share = plan_of(cell).macs / plan_of(twin).macs
-            control = Cell(twin.method, round(twin.steps * share), twin.guidance)
-            if cfg.controls and control != twin:
-                controls[cell] = control
-                if control not in runs.values():  # plans that cost the same share one
-                    runs[f"control of {cell.plan}"] = control
-        tasks = [Task(cell, twin, control=controls.get(cell)) for cell in dict.fromkeys(runs.values())]
+            num_steps = int(twin.steps * plan_of(cell).macs / plan_of(twin).macs + ROUNDING)
+            wanted = solvers if cfg.controls and num_steps > 1 else ()
+            controls[cell] = tuple(Cell(solver, num_steps, twin.guidance) for solver in wanted)
+            runs |= {f"{each.method}, {num_steps} steps": each for each in controls[cell] if each != twin}
+        tasks = [Task(cell, twin, controls=controls.get(cell, ())) for cell in dict.fromkeys(runs.values())]
         rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
         rows = [{"run": name, **rows[cell]} for name, cell in runs.items()]

@@ -15,7 +15,6 @@ clips/ grows during the run. The same command again measures only what is missin
 only what it adds.
 """
 
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +49,7 @@ from configs.files import write_text
 from configs.tables import csv_table, markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
-from sample.plans import UNCACHED, Plan, plan_name
+from sample.plans import Plan
 from tools.common.plots import new_figure, save_figure
 from tools.metrics.cells import Cell, Task, columns, notes, planner, run_cells, write_record
 
@@ -77,15 +76,15 @@ def make_grid(cfg: SweepConfig) -> list[Task]:
 
 
 def with_controls(tasks: list[Task], plan_of: Callable[[Cell], Plan]) -> list[Task]:
-    """The tasks, in which each cached cell has a control: the uncached one of its solver with the nearest cost."""
+    """The tasks, in which each cached cell has controls: of every solver, the costliest uncached cell it can afford."""
+    plain = sorted((task.cell for task in tasks if task.cell == task.twin), key=lambda cell: cell.steps)
 
-    def control(task: Task) -> Cell | None:
-        cell, others = task.cell, [other for other, *_ in tasks if other.plan == plan_name(UNCACHED)]
-        alike = [other for other in others if (other.method, other.guidance) == (cell.method, cell.guidance)]
-        macs = plan_of(cell).macs
-        return min(alike, key=lambda other: abs(math.log(plan_of(other).macs / macs)))
+    def controls(task: Task) -> tuple[Cell, ...]:
+        macs, guidance = plan_of(task.cell).macs, task.cell.guidance
+        affordable = [other for other in plain if other.guidance == guidance and plan_of(other).macs <= macs]
+        return tuple({other.method: other for other in affordable}.values())
 
-    return [task if task.cell == task.twin else task._replace(control=control(task)) for task in tasks]
+    return [task if task.cell == task.twin else task._replace(controls=controls(task)) for task in tasks]
 
 
 def reference_cell(cfg: SweepConfig, guidance: float) -> Cell | None:
