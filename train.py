@@ -257,7 +257,7 @@ def train(cfg: TrainConfig) -> None:
             log.report(step, epoch=state.consumed / len(dataset), gradient_norm=norm, lr=lr, **state.meter.read(step))
         with accelerator.autocast():
             if validation and step % cfg.validation_every == 0:
-                log.report(step, validation_loss=training.validation_loss(state.ema.module, diffusion, validation))
+                log.report(step, **training.validate(state.ema.module, diffusion, validation, cfg.log_snrs))
             if is_main and cfg.preview_every and step % cfg.preview_every == 0:
                 training.preview(log.run / "previews", step, state.ema.module, cfg, codec, device)
 

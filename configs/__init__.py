@@ -321,10 +321,16 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     preview_every: int = option(0, "steps between preview videos from the EMA, uncached and cached; 0: none", least=0)
     preview_clips: int = option(4, "clips per preview", least=1)
     validation_every: int = option(
-        0, "steps between validation losses of the EMA, on fixed clips with fixed noise; 0: none", least=0
+        0, "steps between losses of the EMA, on fixed clips with fixed noise, and errors of x_0; 0: none", least=0
     )
     validation_path: str | None = option(None, "validation clips, laid out like data_path", path=True)
     validation_clips: int = option(16, "number of validation clips", least=1)
+    log_snrs: list[float] = option(
+        lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0],
+        "noise levels of the errors of x_0, log(alpha^2 / sigma^2)",
+        least=-20,
+        most=20,
+    )
     keep_resume_states: int = option(2, "number of resume states kept (all checkpoints are kept)", least=1)
 
 

@@ -74,6 +74,11 @@ class Flow(Diffusion):
         super().__init__((1 - s) ** 2 / squares, timesteps, prediction, learn_sigma=False, scale=np.sqrt(squares))
         self.time_shift = time_shift
 
+    def noise_level(self, log_snr: float) -> tuple[float, float, float]:
+        """Returns alpha, sigma and t = 1000 s at log_snr = log(alpha^2 / sigma^2)."""
+        s = float(1 / (1 + np.exp(log_snr / 2)))
+        return 1 - s, s, FULL * s
+
     def draw_timestep(self, sampling: str, generator: torch.Generator, device: torch.device) -> Tensor:
         """Returns t = 1000 s to train at, (), a real number; `sampling` as in `draw_time`, then shifted."""
         return FULL * shift_time(draw_time(sampling, generator, device), self.time_shift)
@@ -101,6 +106,6 @@ class Flow(Diffusion):
         """Returns the target of the model's prediction, shaped like x_start."""
         return noise - x_start if self.prediction == "v" else x_start
 
-    def x_start(self, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x_start(self, prediction: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """Returns the estimate of x_0 that a prediction at states x (B, ...) of these noise levels stands for."""
         return x - sigma * prediction if self.prediction == "v" else prediction

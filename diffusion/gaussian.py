@@ -40,6 +40,15 @@ class Diffusion(Schedule):
         self.prediction = prediction
         self.learn_sigma = learn_sigma
 
+    def noise_level(self, log_snr: float) -> tuple[float, float, float]:
+        """Returns alpha, sigma and the original timestep, a real number, at log_snr = log(alpha^2 / sigma^2).
+
+        The timestep is interpolated; it is the first or the last one where the process does not reach that far.
+        """
+        known = np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))[::-1]  # ascending
+        alpha, sigma = (float(np.sqrt(1 / (1 + np.exp(-x)))) for x in (log_snr, -log_snr))
+        return alpha, sigma, float(np.interp(log_snr, known, self.timestep_map[::-1]))
+
     def draw_timestep(self, sampling: str, generator: torch.Generator, device: torch.device) -> Tensor:
         """Returns a timestep to train at, (); `sampling` as in `draw_time`."""
         if sampling == "uniform":
@@ -70,7 +79,7 @@ class Diffusion(Schedule):
         c = self.at(t, x_start)
         return {"eps": noise, "x0": x_start, "v": c.alpha * noise - c.sigma * x_start}[self.prediction]
 
-    def x_start(self, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x_start(self, prediction: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """Returns the estimate of x_0 that a prediction at states x (B, ...) of these noise levels stands for."""
         match self.prediction:
             case "eps":
@@ -110,6 +119,7 @@ class Diffusion(Schedule):
         return self.interpret(output, x, t, clip_denoised)
 
     training_losses = losses.training_losses
+    x_start_errors = losses.x_start_errors
     sample_loop = sampling.sample_loop
     sample_loop_progressive = sampling.sample_loop_progressive
     p_sample_loop = partialmethod(sampling.sample_loop, method="ddpm")

@@ -1,7 +1,7 @@
 """Training losses: mean squared error of the prediction, and the variational bound, which trains the variance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,33 @@ def variational_bound(diffusion: "Diffusion", output: Tensor, x_start: Tensor, x
     kl = mean_flat(normal_kl(mean, log_variance, p["mean"], p["log_variance"]))
     nll = -mean_flat(discretized_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"]))
     return torch.where(t == 0, nll, kl) / math.log(2)
+
+
+def x_start_errors(
+    diffusion: "Diffusion",
+    model: Callable[..., Tensor],
+    x_start: Tensor,
+    log_snrs: Sequence[float],
+    model_kwargs: dict[str, Any] | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Returns the mean squared error of the estimate of x_0 at each noise level, (B, K).
+
+    It compares models whatever they are trained to predict, and by whatever process.
+
+    Args:
+        x_start: (B, ..., C, H, W) data.
+        log_snrs: K values of log(alpha^2 / sigma^2).
+        noise: (B, ..., C, H, W), the same at all levels; None: drawn from the global generator.
+    """
+    noise, errors = torch.randn_like(x_start) if noise is None else noise, []
+    for log_snr in log_snrs:
+        alpha, sigma, timestep = diffusion.noise_level(log_snr)
+        x = alpha * x_start + sigma * noise
+        t = torch.full((len(x),), timestep, device=x.device)  # (B,), real numbers
+        prediction, _ = diffusion.split(model(x, t, **(model_kwargs or {})).float(), x)
+        errors.append(mean_flat((diffusion.x_start(prediction, x, alpha, sigma) - x_start) ** 2))
+    return torch.stack(errors, dim=1)
 
 
 def training_losses(

@@ -125,6 +125,58 @@ def test_mistakes_are_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
+# The yardstick
+
+
+def predictions(process: str) -> list:
+    kinds = [("v", False), ("x0", False)] if process == "flow" else [("eps", False), ("x0", False), ("v", True)]
+    return [create_diffusion("", process=process, prediction=kind, learn_sigma=sigma) for kind, sigma in kinds]
+
+
+@pytest.mark.parametrize("log_snr", [-6.0, -2.5, 0.0, 3.0, 6.0])
+def test_x0_errors_are_one_for_all_objectives(log_snr):
+    """An estimate that is off by 0.1 has an error of 0.01, in whatever form a model of any process says it.
+
+    The states have this log-SNR to the bit of fp32, and t is where training would have put them.
+    """
+    x, eps = noise(2, *SHAPE)
+    for diffusion in [*predictions("flow"), *predictions("gaussian")]:
+
+        def model(state: Tensor, t: Tensor, y: int, diffusion=diffusion) -> Tensor:
+            assert y == 3 and t.shape == (2,) and t.is_floating_point()
+            alpha, sigma, at = diffusion.noise_level(log_snr)
+            assert 2 * math.log(alpha / sigma) == pytest.approx(log_snr, abs=1e-9)
+            torch.testing.assert_close(state, alpha * x + sigma * eps)
+            if diffusion.process == "flow":
+                assert at == pytest.approx(1000 * sigma) and alpha + sigma == pytest.approx(1)
+            else:
+                a = diffusion.alphas_cumprod[[math.floor(at), math.ceil(at)]]
+                assert a[1] <= alpha**2 <= a[0] and alpha**2 + sigma**2 == pytest.approx(1)
+            x0 = x + 0.1
+            e = (state - alpha * x0) / sigma
+            v = e - x0 if diffusion.process == "flow" else alpha * e - sigma * x0
+            out = {"eps": e, "x0": x0, "v": v}[diffusion.prediction]
+            return torch.cat([out, 9 + out], dim=2) if diffusion.learn_sigma else out
+
+        errors = diffusion.x_start_errors(model, x, [log_snr, log_snr], dict(y=3), eps)
+        torch.testing.assert_close(errors, torch.full((2, 2), 0.01), rtol=2e-3, atol=0)
+
+
+def test_optimal_denoisers_of_both_processes_have_the_bayes_error():
+    """On Gaussian data the error is the posterior's variance, 1 / (1 / STD^2 + SNR), the same in both processes."""
+    generator = torch.Generator().manual_seed(0)
+    x, eps = MEAN + STD * torch.randn(400, 1, 4, 4, 4, generator=generator), noise(400, 1, 4, 4, 4)
+    gaussian = create_diffusion("", prediction="v", learn_sigma=False)
+
+    def rounded(state: Tensor, t: Tensor) -> Tensor:  # the oracle knows whole timesteps of the Gaussian process
+        return Oracle("gaussian")(state, t.round().long())
+
+    for diffusion, model, tolerance in ((flow(""), Oracle(), 0.03), (gaussian, rounded, 0.04)):
+        errors = diffusion.x_start_errors(model, x, [-4.0, 0.0, 4.0], noise=eps).mean(0)
+        bayes = [1 / (1 / STD**2 + math.exp(log_snr)) for log_snr in (-4, 0, 4)]
+        assert errors.tolist() == pytest.approx(bayes, rel=tolerance)
+
+
 # Training
 
 

@@ -9,8 +9,12 @@ import torch
 from conftest import save_random_weights
 
 from configs import ROOT, UserError, load_config
+from datasets import collate, get_dataset
+from diffusion import make_diffusion
 from models import get_models
+from models.autoencoder import load_codec
 from tools import heldout_loss
+from tools.common import training
 from tools.heldout_loss import HeldoutConfig
 
 SIZES = ["image_size=32", "num_frames=4", "num_classes=7", "hidden_size=16", "depth=8", "num_heads=2"]
@@ -61,6 +65,31 @@ def test_table_has_means_and_paired_differences():
     lines = heldout_loss.table({"a": base, "b": base + torch.tensor([[0.5], [0.5], [0.5]])}).splitlines()
     assert "loss of 3 clips" in lines[0] and "above a's" in lines[0]
     assert "4.0000 ±" in lines[2] and "4.5000 ±" in lines[3] and "0.5000 ± 0.0000" in lines[3]
+
+
+def test_x0_errors_are_those_of_the_training_log(cfg, twins):
+    """The program measures what `training.validate` logs, on the same clips and noise, and tells each level."""
+    cfg = replace(cfg, measure="x0", log_snrs=[-2.0, 0.0, 4.0])
+    model = heldout_loss.load_model(cfg, str(twins["skip"]), torch.device("cpu"))
+    errors = heldout_loss.measure_losses(cfg, {"a": model}, torch.device("cpu"))["a"]
+    assert errors.shape == (3, 3) and (errors > 0).all()
+    clips = get_dataset(cfg)
+    index = [0, round((len(clips) - 1) / 2), len(clips) - 1]
+    batch = collate([clips[0, i] for i in index])
+    noise = torch.Generator().manual_seed(cfg.global_seed)
+    x = load_codec(cfg, torch.device("cpu")).encode(batch["video"])
+    held = dict(
+        x_start=x,
+        t=torch.zeros(3, dtype=torch.int64),
+        model_kwargs={"y": batch["label"]},
+        noise=torch.cat([torch.randn(x[:1].shape, generator=noise) for _ in range(3)]),
+    )
+    logged = training.validate(model, make_diffusion(cfg), held, cfg.log_snrs)
+    assert logged["x0_mse"] == pytest.approx(errors.mean().item(), rel=1e-4)
+    assert [logged[f"x0_mse_{each}"] for each in (-2, 0, 4)] == pytest.approx(errors.mean(0).tolist(), rel=1e-4)
+    head, _, row = heldout_loss.table({"a": errors}, cfg.log_snrs).splitlines()
+    assert "x_0 error of 3 clips" in head and all(f" {level} |" in head for level in ("-2", "+0", "+4"))
+    assert row.endswith(f"{errors.mean(0)[2]:.4f} |")
 
 
 def test_program(cfg, twins, tiny, monkeypatch, capsys):

@@ -807,5 +807,8 @@ def test_previews_and_validation_look_on_and_change_nothing(tiny, latents, tmp_p
     names = sorted(path.name for path in (folder / "previews").iterdir())
     assert names == [f"{step:07d}-{plan}.mp4" for step in (2, 4) for plan in ("N2", "uncached")]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validated] == [2, 4]
+    errors = [validated[-1][f"x0_mse_{log_snr}"] for log_snr in range(-6, 7, 2)]
+    assert validated[-1]["x0_mse"] == pytest.approx(sum(errors) / 7) and min(errors) > 0
     assert list((folder / "tensorboard").iterdir())

@@ -1,16 +1,19 @@
-"""Compare the losses of finished checkpoints, on the same clips with the same noise.
+"""Compare the losses of finished checkpoints, or their errors of x_0, on the same clips with the same noise.
 
     python tools/heldout_loss.py --model Skip-DiT=skip.pt --model Latte=latte.pt data_path=datasets/demo/test
     python tools/heldout_loss.py --config configs/sky/sky_train.yaml --model A=a.pt --model B=b.pt data_path=/data/test
+    python tools/heldout_loss.py --model A=a.pt data_path=datasets/demo/test measure=x0   # as x0_mse of a training's log
 
 The models are those of the configuration, each with as many skips as its checkpoint has; weights are the EMA, in fp32.
 Clips are spread evenly over the files. Each one is noised at the middle of each of num_timesteps equal parts of the
-schedule. The table holds means over clips, ± half of the 95 % interval (Student's t), and the same of the differences
+schedule. With measure=x0, it is noised at log_snrs instead, and errors compare between processes and predictions. The
+table holds means over clips, ± half of the 95 % interval (Student's t), and the same of the differences
 to the first model, clip by clip.
 Letters: N clips, B batch, F frames, K timesteps, C channels of the latents.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +25,11 @@ from configs import ROOT, TrainConfig, cli, load_config, option, require_path
 class HeldoutConfig(TrainConfig):
     """The comparison."""
 
+    measure: str = option(
+        "loss",
+        "loss: that of training, at num_timesteps | x0: squared error of x_0 at log_snrs",
+        choices=("loss", "x0"),
+    )
     num_clips: int = option(84, "at most so many clips", least=2)
     num_timesteps: int = option(8, "timesteps of each clip", least=2)
 
@@ -59,9 +67,9 @@ def load_model(cfg: HeldoutConfig, ckpt: str, device: torch.device) -> Latte:
 
 @torch.no_grad()
 def measure_losses(cfg: HeldoutConfig, models: dict[str, Latte], device: torch.device) -> dict[str, Tensor]:
-    """The loss of each model at each clip and timestep, (N, K)."""
+    """The loss of each model at each clip and timestep, or its error of x_0 at each noise level, (N, K)."""
     dataset, codec, diffusion = get_dataset(cfg), load_codec(cfg, device), make_diffusion(cfg)
-    K = cfg.num_timesteps
+    K = cfg.num_timesteps if cfg.measure == "loss" else 1
     chosen = np.linspace(0, len(dataset) - 1, min(cfg.num_clips, len(dataset))).round().astype(int)  # (N,)
     generator = torch.Generator().manual_seed(cfg.global_seed)
     losses: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -72,12 +80,16 @@ def measure_losses(cfg: HeldoutConfig, models: dict[str, Latte], device: torch.d
         noise = torch.randn(x.shape, generator=generator).to(device)
         labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device).expand(K)}
         for name, model in models.items():
-            losses[name].append(diffusion.training_losses(model, x, t, labels, noise)["loss"].cpu())
+            if cfg.measure == "loss":
+                found = diffusion.training_losses(model, x, t, labels, noise)["loss"]
+            else:
+                (found,) = diffusion.x_start_errors(model, x, cfg.log_snrs, labels, noise)
+            losses[name].append(found.cpu())
     return {name: torch.stack(each) for name, each in losses.items()}
 
 
-def table(losses: dict[str, Tensor]) -> str:
-    """A row for each model, in Markdown; `losses` are (N, K) by the model's name."""
+def table(losses: dict[str, Tensor], log_snrs: Sequence[float] | None = None) -> str:
+    """A row for each model, in Markdown; `losses` are (N, K) by the model's name, at `log_snrs` if these are given."""
     first, base = next(iter(losses.items()))
 
     def mean_over_clips(values: Tensor) -> str:
@@ -86,7 +98,9 @@ def table(losses: dict[str, Tensor]) -> str:
     rows = []
     for name, values in losses.items():
         above = mean_over_clips(values - base) if name != first else ""
-        rows.append({"": name, f"loss of {len(base)} clips": mean_over_clips(values), f"above {first}'s": above})
+        what = f"{'x_0 error' if log_snrs else 'loss'} of {len(base)} clips"
+        levels = {f"{each:+g}": f"{mean:.4f}" for each, mean in zip(log_snrs or (), values.mean(0), strict=False)}
+        rows.append({"": name, what: mean_over_clips(values), f"above {first}'s": above} | levels)
     return markdown_table(rows)
 
 
@@ -97,13 +111,14 @@ def main() -> None:
     checkpoints = named_checkpoints(args.model)
     device = default_device()
     if args.dry_run:
-        lines = [f"the loss of {', '.join(checkpoints)} on {cfg.num_clips} clips x {cfg.num_timesteps} timesteps"]
+        levels = f"{cfg.num_timesteps} timesteps" if cfg.measure == "loss" else f"log SNRs {cfg.log_snrs}"
+        lines = [f"the {cfg.measure} of {', '.join(checkpoints)} on {cfg.num_clips} clips x {levels}"]
         checks = [lambda: require_path(cfg, "data_path"), lambda: vae_file(cfg)]
         checks += [lambda ckpt=ckpt: count_skips(ckpt) for ckpt in checkpoints.values()]
         return cli.dry_run(cfg, lines, checks)
 
     models = {name: load_model(cfg, ckpt, device) for name, ckpt in checkpoints.items()}
-    print(table(measure_losses(cfg, models, device)))
+    print(table(measure_losses(cfg, models, device), cfg.log_snrs if cfg.measure == "x0" else None))
 
 
 if __name__ == "__main__":

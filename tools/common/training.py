@@ -8,7 +8,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -280,7 +280,7 @@ def validation_set(cfg: TrainConfig) -> Dataset:
 def validation_batch(
     cfg: TrainConfig, codec: LatentCodec, diffusion: Diffusion, device: torch.device
 ) -> dict[str, Any]:
-    """The arguments of `validation_loss`: clips of `validation_path`, timesteps and noise that never change."""
+    """The batch for `validate`: clips of `validation_path`, timesteps and noise that never change."""
     dataset = validation_set(cfg)
     chosen = np.linspace(0, len(dataset) - 1, cfg.validation_clips).round().astype(int).tolist()
     batch = collate([dataset[0, i] for i in chosen])
@@ -292,9 +292,16 @@ def validation_batch(
 
 
 @torch.no_grad()
-def validation_loss(model: Latte, diffusion: Diffusion, batch: dict[str, Any]) -> float:
-    """The mean loss of the batch made by `validation_batch`."""
-    return diffusion.training_losses(model, **batch)["loss"].mean().item()
+def validate(model: Latte, diffusion: Diffusion, batch: dict[str, Any], log_snrs: Sequence[float]) -> dict[str, float]:
+    """The metrics of the batch made by `validation_batch`: its mean loss, and mean squared errors of x_0.
+
+    Errors are those at each of `log_snrs` and their mean, which compare models whatever they predict.
+    """
+    metrics = {"validation_loss": diffusion.training_losses(model, **batch)["loss"].mean().item()}
+    x, labels, noise = batch["x_start"], batch["model_kwargs"], batch["noise"]
+    errors = diffusion.x_start_errors(model, x, log_snrs, labels, noise).mean(0)  # (K,)
+    levels = {f"x0_mse_{log_snr:g}": error for log_snr, error in zip(log_snrs, errors.tolist(), strict=True)}
+    return metrics | {"x0_mse": errors.mean().item()} | levels
 
 
 def preview(folder: Path, step: int, model: Latte, cfg: TrainConfig, codec: LatentCodec, device: torch.device) -> None:
