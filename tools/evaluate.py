@@ -144,8 +144,9 @@ def write_card(cfg: EvaluateConfig, record: dict[str, Any], shown: Sequence[Tens
     """Writes the record, the card and its contact sheet, and the line in evaluations.csv; prints the card."""
     output = Path(cfg.output)
     picture, page = output.with_suffix(".png"), output.with_suffix(".md")
-    save_contact_sheet(picture, torch.stack(list(shown)) / 127.5 - 1, [str(i + 1) for i in range(len(shown))])
-    write_text(page, f"# {output.stem}\n\n{card(record, picture.name)}")
+    if shown:
+        save_contact_sheet(picture, torch.stack(list(shown)) / 127.5 - 1, [str(i + 1) for i in range(len(shown))])
+    write_text(page, f"# {output.stem}\n\n{card(record, picture.name if shown else None)}")
     write_json(output, record)
     append_line(output.with_name("evaluations.csv"), csv_line(output.stem, record))
     print(f"{card(record)}\nrecord: {output}, card: {page}, row: {output.with_name('evaluations.csv')}")

@@ -41,7 +41,7 @@ from tools.metrics.features import Features, extract
 from tools.metrics.options import ClipOptions, MeasureConfig
 from tools.metrics.pairs import PAIR_METRICS, aggregate, compare, distance_to_others, load_lpips, lpips_weights
 from tools.metrics.protocols import fill_in
-from tools.metrics.scores import change_of_distance, distance_to_real, neighbourhoods
+from tools.metrics.scores import NEAR, change_of_distance, distance_to_real, neighbourhoods
 from tools.metrics.statistics import GROUPS, difference_interval, interval_text, plus_minus, ratio_interval
 
 RATIOS = ("relative_l1", "lpips", "motion_error", "mp4_lpips")  # errors, of which ratios are told
@@ -469,7 +469,8 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
         "compare them. The columns with a control do: they show the mean of the clips' differences, or the geometric "
         "mean of the ratios of their errors, with its interval. Not resolved: the interval holds both answers. The "
         "control is the best uncached solver at or below the row's cost, judged on these same clips.",
-        "Proxy: Fréchet distance of 80 EfficientNet features, no FVD. It compares at one number of clips only. Other "
+        "Proxy: Fréchet distance of 80 EfficientNet features, no FVD. It compares at one number of clips only, and is "
+        f"too high by itself with fewer than {NEAR * 80}. Other "
         "seeds: to the uncached clips of the other half of the seeds; the row uncached shows how far equals are. "
         f"{about_real}.",
         "Seconds: median over batches, sampling alone. Speed-up: median over batches, each beside its twin, on one "
