@@ -2,7 +2,7 @@
 
     python tools/heldout_loss.py --model Skip-DiT=skip.pt --model Latte=latte.pt data_path=datasets/demo/test
     python tools/heldout_loss.py --config configs/sky/sky_train.yaml --model A=a.pt --model B=b.pt data_path=/data/test
-    python tools/heldout_loss.py --model A=a.pt data_path=datasets/demo/test measure=x0   # as x0_mse of a training's log
+    python tools/heldout_loss.py --model A=a.pt data_path=datasets/demo/test measure=x0  # as a training's x0_mse
 
 The models are those of the configuration, each with as many skips as its checkpoint has; weights are the EMA, in fp32.
 Clips are spread evenly over the files. Each one is noised at the middle of each of num_timesteps equal parts of the

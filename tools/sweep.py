@@ -10,9 +10,9 @@ With `real_path`, it is compared with real clips by a proxy distance. tools/fide
 clips pair.
 
 The program writes to `output`: sweep.md, sweep.csv, sweep.json, pareto_fidelity.png, with `reference` paired.png (the
-paired ratio of each plan's error to that of the uncached run of nearest cost) and, with real clips, pareto_proxy.png;
-clips/ grows during the run. The same command again measures only what is missing, and a larger grid
-only what it adds.
+paired ratio of each plan's error to that of its control, the best uncached run that costs no more) and, with real
+clips, pareto_proxy.png; clips/ grows during the run. The same command again measures only what is missing, and a larger
+grid only what it adds.
 """
 
 import re
@@ -256,10 +256,7 @@ def main() -> None:
         table = markdown_table([{key: str(row[key]) for key in keys} | columns(row) for row in rows])
         text = f"{table}\n\n{notes(cfg, tasks, rows, real)}\n"
         if cfg.reference:
-            text += (
-                f"- Reference: uncached {cfg.reference} with the row's guidance. Control: the uncached run in the grid "
-            )
-            text += "with the same solver and guidance and the nearest MACs.\n"
+            text += f"- Reference: uncached {cfg.reference} with the row's guidance. Controls are runs of the grid.\n"
         write_text(folder / "sweep.md", text)
         write_text(folder / "sweep.csv", to_csv(rows))
         write_record(folder / "sweep.json", cfg, rows, real, env)
