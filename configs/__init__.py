@@ -8,16 +8,16 @@ command line override the YAML file. YAML files of the original Latte and Skip-D
 import math
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import UserError, choice, suggest
+from configs.errors import UserError, choice, suggest_option
 from configs.original import translate
+from configs.values import nest, parse, read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # relative paths in a YAML file start here
 PLAN_FORM = "N<interval>[-<start>-<stop>] or 0,<step>,..., then [-b<depth>][-o<order>]"  # CacheOptions as text
@@ -80,20 +80,30 @@ def check_options(config: Any, prefix: str = "") -> None:
         value, key = getattr(config, each.name), prefix + each.name
         if is_dataclass(value):
             check_options(value, f"{key}.")
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is None:  # always valid: the option is empty
-                continue
-            if each.metadata.get("choices"):
-                choice(key, entry, each.metadata["choices"])
-            _check_limits(key, entry, each)
+        else:
+            _check_option(key, value, each)
 
 
-def _check_limits(key: str, value: Any, option: Field) -> None:
+def _check_option(key: str, value: Any, option: Field) -> None:
+    if value == [] and default_of(option) is not None:
+        raise UserError(f"{key}: the list is empty")
+    if value == "" and option.metadata.get("path"):
+        raise UserError(f"{key}: the path is empty")
+    for entry in value if isinstance(value, list) else [value]:
+        if entry is None:  # always valid: the option is empty
+            continue
+        if option.metadata.get("choices"):
+            choice(key, entry, option.metadata["choices"])
+        if isinstance(entry, int | float):
+            _check_limits(key, entry, option)
+
+
+def _check_limits(key: str, value: float, option: Field) -> None:
     least, above, most = (option.metadata.get(name) for name in ("least", "above", "most"))
-    if not isinstance(value, int | float) or (least, above, most) == (None, None, None):
-        return
-    if not math.isfinite(value):
+    if not math.isfinite(value) and value != default_of(option):
         raise UserError(f"{key}: {value} is not a finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key}: {value} does not fit into 64 bits")
     if least is not None and most is not None and not least <= value <= most:
         raise UserError(f"{key}: {value} is outside {least} ... {most}")
     if least is not None and value < least:
@@ -347,19 +357,15 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
 
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the error suggests the nearest valid one), or
-            a value has the wrong type or is outside the limits of its option.
+            a value has the wrong type or is outside the limits of its option. The error names the file, or the command
+            line.
     """
-    values = _check_keys(schema, _read_yaml(path), path) if path else {}
-    changes = _parse_overrides(schema, overrides)
+    values = _read_values(schema, _read_file(path), str(path)) if path else {}
+    changes = _read_values(schema, _split(overrides), COMMAND_LINE)
     if "interval" in (cache := changes.get("cache") or {}):  # in place of the file's list
         cache.setdefault("full_steps", None)
     _anchor_paths(schema, changes, Path.cwd())
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values, changes))
-    except OmegaConfBaseException as error:
-        where = f"{path or COMMAND_LINE}: " + (f"{error.full_key}: " if error.full_key else "")
-        raise UserError(where + str(error).splitlines()[0]) from None
-    check_options(config)
+    config = _build(schema, values, changes)
     _anchor_paths(schema, vars(config), ROOT)
     if getattr(config, "extras", None) == 1:
         config.num_classes = None  # the original's files set it even then; the rest of the code ignores `extras`
@@ -368,7 +374,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
 
 def to_yaml(config: Any) -> str:
     """Returns the options as YAML that `load_config` can read."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return write_yaml(asdict(config))
 
 
 def require_path(config: Any, key: str, folder: bool | None = None) -> Path:
@@ -395,13 +401,15 @@ def require_path(config: Any, key: str, folder: bool | None = None) -> Path:
     return Path(value)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def _read_file(path: str | Path) -> dict[str, Any]:
+    """Returns the text of the values in a YAML file, with ${...} resolved."""
     path = Path(path)
     if not path.is_file():
         near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1, cutoff=0)
         raise UserError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = read_yaml(path.read_text(encoding="utf-8"))
+        values = OmegaConf.to_container(OmegaConf.create({} if content is None else content), resolve=True)
     except Exception as error:  # PyYAML's and OmegaConf's errors share no base class
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -409,33 +417,62 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _check_keys(schema: type, values: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Returns the values under our names; raises UserError for an unknown key.
-
-    A key without a value in a YAML file means the default.
-    """
-    defaults = {each.name: default_of(each) for each in fields(schema)}
-    values = translate(values, defaults, str(source))
-    for key in values:
-        if key not in defaults:
-            raise UserError(f"{source}: unknown key {key}{suggest(key, defaults)}")
-    if source == COMMAND_LINE:
-        return values
-    return {key: value for key, value in values.items() if value is not None or defaults[key] is None}
-
-
-def _parse_overrides(schema: type, overrides: Sequence[str]) -> dict[str, Any]:
-    known = {each.name for each in fields(schema)}
+def _split(overrides: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
     for item in overrides:
-        key = item.partition("=")[0]
-        if "=" not in item:
-            raise UserError(f"{item}: expected key=value")
-        if key.split(".")[0] not in known:
-            raise UserError(f"unknown key {key}{suggest(key, known)}")
+        key, equals, value = item.partition("=")
+        if not equals:
+            more = "; clip i has seed + i, so one seed is enough" if "seed" in values else ""
+            more = f"; a YAML file is given as --config {item}" if item.endswith((".yaml", ".yml")) else more
+            raise UserError(f"{item}: expected key=value{more}")
         if any("\ud800" <= character <= "\udfff" for character in item):  # a byte of another encoding
             raise UserError(f"{item} is not UTF-8, which YAML files need: rename the file, or give a link to it")
-    values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    return _check_keys(schema, values, COMMAND_LINE)
+        values.pop(key, None)  # the last one wins, under whatever name
+        values[key] = value
+    return values
+
+
+def _read_values(schema: type, texts: dict[str, Any], source: str, group: str = "") -> dict[str, Any]:
+    """Returns values by the names and of the types of the options in `schema`, from text.
+
+    A key without a value in a YAML file means the default.
+
+    Args:
+        source: the file, or COMMAND_LINE: named in errors.
+        group: what stands before the names of nested options in errors.
+    """
+    options = {each.name: each for each in fields(schema)}
+    texts, values = nest(translate(texts, options, source)), {}
+    for key, text in texts.items():
+        if key not in options:
+            raise UserError(f"{source}: unknown key {group}{key}{suggest_option(key, options)}")
+        name, option = f"{group}{key}", options[key]
+        if text is None and default_of(option) is not None and source != COMMAND_LINE:
+            continue
+        if is_dataclass(option.type):
+            parts = read_yaml(text) if isinstance(text, str) and text.startswith("{") else text
+            if not isinstance(parts, dict):
+                parts = ", ".join(f"{name}.{each.name}" for each in fields(option.type))
+                raise UserError(f"{source}: {name}: {text} is no value; give {parts}, as in {name}.interval=2")
+            values[key] = _read_values(option.type, parts, source, f"{name}.")
+            continue
+        try:
+            values[key] = parse(text, option.type)
+            _check_option(name, values[key], option)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{source}: {name}: {error}") from None
+    return values
+
+
+def _build(schema: type[T], *layers: dict[str, Any]) -> T:
+    """Returns the options with the values of all layers; a later layer wins."""
+    values = {key: value for layer in layers for key, value in layer.items()}
+    for each in fields(schema):
+        if is_dataclass(each.type):
+            values[each.name] = _build(each.type, *(layer.get(each.name, {}) for layer in layers))
+    return schema(**values)
 
 
 def _anchor_paths(schema: type, values: dict[str, Any], base: Path) -> None:
@@ -443,7 +480,12 @@ def _anchor_paths(schema: type, values: dict[str, Any], base: Path) -> None:
     for each in fields(schema):
         value = values.get(each.name)
         if each.metadata.get("path") and isinstance(value, str) and value and not _is_placeholder(value):
-            values[each.name] = str((base / Path(value).expanduser()).resolve())
+            values[each.name] = str(absolute_path(value, base))
+
+
+def absolute_path(text: str, base: Path) -> Path:
+    """Returns the path that a user wrote, starting from `base`; ~ is the home folder, ~name is a name like others."""
+    return (base / (Path(text).expanduser() if text.partition("/")[0] == "~" else text)).resolve()
 
 
 def _is_placeholder(value: str) -> bool:

@@ -4,8 +4,8 @@ Nothing here imports torch, so that --help and typing errors are answered at onc
 """
 
 import argparse
-import difflib
 import os
+import re
 import sys
 import textwrap
 import time
@@ -14,9 +14,12 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from configs import default_of, limits_of, option_groups, to_yaml
-from configs.errors import UserError
+from configs.errors import UserError, suggest_option
+from configs.original import other_names, our_name
+from configs.values import TRUTH
 
 PATIENCE = 5.0  # seconds that ranks other than 0 wait before printing an error, which rank 0 usually has too
+PAIR = re.compile(r"[A-Za-z_][\w.]*=")  # how key=value begins; results/a=b is a path
 WIDTH, COLUMN = 120, 36  # of --help: characters per line, and the column where descriptions begin
 
 
@@ -40,20 +43,51 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the YAML file")
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Returns the flags, and the key=value pairs as `overrides`; they may be given in any order.
+        """Returns the flags, and key=value pairs and other words as `overrides`, in the order in which they were given.
 
-        argparse adds key=value pairs that follow a flag with nargs="+" to its values; they are moved to `overrides`.
+        `--key value` and `--key=value` mean key=value, for options and for the program's own flags.
         """
-        parsed, unknown = self.parse_known_intermixed_args(args)
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        options = {each.name: each for each in fields(self.schema)} if self.schema else {}
+        words, rest, overrides = list(sys.argv[1:] if args is None else args), [], []
+        while words:
+            word = words.pop(0)
+            head, equals, value = word.partition("=")
+            key = head[2:].replace("-", "_")
+            if head in flags:
+                rest.append(word)
+                if flags[head].nargs is None and not equals:  # its value
+                    rest += words[:1]
+                    del words[:1]
+            elif head.startswith("--") and our_name(key, options).partition(".")[0] in options:
+                overrides.append(f"{key}={value if equals else self._value_of(head, options.get(key), words)}")
+            elif (
+                PAIR.match(word) and f"--{head}" in flags and (head not in options or is_dataclass(options[head].type))
+            ):
+                rest.append(f"--{word}")
+            elif PAIR.match(word) and self.schema:
+                overrides.append(word)
+            else:
+                rest.append(word)
+        parsed, unknown = self.parse_known_intermixed_args(rest)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            raise UserError(f"unknown flag {flag}; did you mean {self._nearest(flag)}?")
-        for action in self._actions:
-            values = getattr(parsed, action.dest, None)
-            if self.schema and action.nargs == "+" and values:
-                parsed.overrides += [value for value in values if "=" in value]
-                setattr(parsed, action.dest, [value for value in values if "=" not in value])
+            raise UserError(f"unknown flag {flag}{suggest_option(flag, [*options, *flags])}")
+        for item in overrides:
+            name = our_name(item.partition("=")[0], options).partition(".")[0]
+            if f"--{name}" in flags and getattr(parsed, name):
+                raise UserError(f"--{name} and {item} both set {name}: leave one out")
+        if self.schema:
+            parsed.overrides = overrides + parsed.overrides
         return parsed
+
+    def _value_of(self, flag: str, option: Field | None, words: list[str]) -> str:
+        """Returns the value that follows an option's flag, and removes it from `words`; a switch needs none."""
+        if option and option.type is bool and (words[:1] or [""])[0].lower() not in TRUTH:
+            return "True"
+        if not words or words[0].startswith("--"):
+            raise UserError(f"{flag}: expected one value, as in {flag} VALUE")
+        return words.pop(0)
 
     def answer_help(self) -> None:
         """Prints the help and exits if the command line asks for it. Programs call this before they import torch."""
@@ -68,32 +102,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
-    def _nearest(self, flag: str) -> str:
-        """Returns the flag or option that is spelled most like an unknown flag, or --help."""
-        flags = [option for action in self._actions for option in action.option_strings]
-        keys = [each.name for each in fields(self.schema)] if self.schema else []
-        near = difflib.get_close_matches(flag, flags + [f"--{key}" for key in keys], n=1)
-        if not near:
-            return "--help"
-        return near[0] if near[0] in flags else f"{near[0][2:]}=VALUE"
-
 
 def describe_options(schema: type) -> str:
     """Returns a line for each option of `schema`: key=default, description, limits and choices."""
-    lines = ["", "options as key=value, or in the YAML file"]
+    lines = ["", "options as key=value or --key value, or in the YAML file"]
     for title, group in option_groups(schema):
         lines += ["", title]
         for each in group:
-            if is_dataclass(nested := default_of(each)):
-                lines += [line for inner in fields(nested) for line in _describe(inner, f"{each.name}.")]
+            if is_dataclass(each.type):
+                lines += [line for inner in fields(each.type) for line in _describe(inner, f"{each.name}.")]
             else:
-                lines += _describe(each)
+                lines += _describe(each, others=other_names(each.name, [each.name for each in fields(schema)]))
     return "\n".join(lines) + "\n"
 
 
-def _describe(option: Field, prefix: str = "") -> list[str]:
+def _describe(option: Field, prefix: str = "", others: Sequence[str] = ()) -> list[str]:
     default = default_of(option)
     facts = [limits_of(option), " | ".join(map(str, option.metadata["choices"] or ()))]
+    facts += [f"also: {', '.join(others)}"] if others else []
     description = option.metadata["help"] + "".join(f" ({fact})" for fact in facts if fact)
     head = f"  {prefix}{option.name}={'' if default is None else default}"
     text = textwrap.wrap(description, WIDTH - COLUMN)
@@ -136,14 +162,14 @@ def world_size() -> int:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Calls `main`. A `UserError` is printed as one line (exit code 1), and so is Ctrl-C (exit code 130)."""
+    """Calls `main`. A `UserError` is printed as one line (exit code 2), and so is Ctrl-C (exit code 130)."""
     try:
         main()
     except UserError as error:
         if rank():
             time.sleep(PATIENCE)  # torchrun ends this process once rank 0 has exited
         print(f"error: {error}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
     except KeyboardInterrupt:
         if not rank():
             print("interrupted", file=sys.stderr)

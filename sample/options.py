@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from configs import PLAN_FORM, ROOT, SampleConfig, load_config, require_path
 from configs.cli import Parser
-from configs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -15,23 +14,12 @@ if TYPE_CHECKING:
     from sample.plans import Plan
 
 DEMO = str(ROOT / "configs/demo/demo_sample.yaml")
-FLAGS = (
-    "ckpt",
-    "save_video_path",
-    "sample_method",
-    "num_sampling_steps",
-    "seed",
-    "recipe",
-)  # --key VALUE means key=VALUE
 
 
 def make_parser(doc: str) -> Parser:
     """Returns a parser with the flags of sample.py and sample_ddp.py."""
     parser = Parser(doc, SampleConfig, config=DEMO)
-    for key in FLAGS:
-        parser.add_argument(f"--{key}", help=f"the same as {key}=")
     add_cache_flag(parser)
-    parser.add_argument("--deepcache", metavar="N", help="the same as cache.interval=")
     return parser
 
 
@@ -47,13 +35,8 @@ def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[Sam
     from sample.pipeline import resolve
     from sample.plans import make_plan, parse_plan
 
-    flags = [f"{key}={getattr(args, key)}" for key in FLAGS if getattr(args, key) is not None]
-    if args.deepcache is not None:
-        if args.cache:
-            raise UserError("--cache and --deepcache both give a plan: leave one out")
-        flags.append(f"cache.interval={args.deepcache}")
-    cfg = resolve(load_config(SampleConfig, args.config, flags + args.overrides), device)
-    plans = [make_plan(cfg, cache) for cache in map(parse_plan, args.cache)]
+    cfg = resolve(load_config(SampleConfig, args.config, args.overrides), device)
+    plans = [make_plan(cfg, cache) for cache in dict.fromkeys(map(parse_plan, args.cache))]
     if cfg.recipe or not plans:
         plans.append(make_plan(cfg))
     return replace(cfg, cache=plans[0].cache), plans

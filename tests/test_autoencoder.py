@@ -55,9 +55,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tiny_run(clips: Path, output_dir: Path, **options) -> AutoencoderConfig:
+def tiny_run(clips: Path, output: Path, **options) -> AutoencoderConfig:
     options = dict(max_steps=4, batch_size=2, warmup_steps=2, perceptual_weight=0, log_every=2) | options
-    return AutoencoderConfig(data_path=str(clips), output_dir=str(output_dir), **TINY, **options)
+    return AutoencoderConfig(data_path=str(clips), output=str(output), **TINY, **options)
 
 
 def test_shapes_and_range(vae):
@@ -259,7 +259,7 @@ def test_the_demos_vae_restores_unseen_frames():
 
 
 def test_a_dry_run_says_the_size_and_writes_nothing(clips, tmp_path, monkeypatch, capsys):
-    argv = ["train_autoencoder.py", "--dry-run", f"data_path={clips}", f"output_dir={tmp_path}/out"]
+    argv = ["train_autoencoder.py", "--dry-run", f"data_path={clips}", f"output={tmp_path}/out"]
     monkeypatch.setattr("sys.argv", argv)
     trainer.main()
     assert "# a VAE of 3,274,055 parameters" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ class Options:
     cfg_scale: float = option(1.0, "guidance; 1: none", least=0, most=1000)
     seed: int = option(0, "of the first clip")
     method: str = option("ddim", "the sampler", choices=("ddpm", "ddim"))
+    fast: bool = option(False, "a switch")
 
 
 def parser() -> Parser:
@@ -66,8 +67,9 @@ def test_flags_and_overrides_mix():
     [
         (["--save_vido_path", "out"], "unknown flag --save_vido_path; did you mean --save_video_path?"),
         (["--dry_run"], "unknown flag --dry_run; did you mean --dry-run?"),
-        (["--cfg_scale=7"], "unknown flag --cfg_scale; did you mean cfg_scale=VALUE?"),
-        (["--xyz"], "unknown flag --xyz; did you mean --help?"),
+        (["--guidance", "7"], "unknown flag --guidance; did you mean cfg_scale, as in cfg_scale=7?"),
+        (["--seed"], "--seed: expected one value, as in --seed VALUE"),
+        (["--seed", "--dry-run"], "--seed: expected one value, as in --seed VALUE"),
         (["--config"], "argument --config: expected one argument"),
     ],
 )
@@ -75,6 +77,15 @@ def test_a_wrong_flag_is_one_line(argv, message):
     with pytest.raises(UserError) as caught:
         parser().parse_args(argv)
     assert str(caught.value) == message
+
+
+def test_every_option_is_a_flag_too_and_keeps_its_place():
+    """--key VALUE, --key=VALUE and key=VALUE are the same; a switch needs no value."""
+    argv = ["--seed", "3", "seed=4", "--cfg-scale=7", "--fast", "--seed", "-5", "--fast", "no", "a=b=c"]
+    pairs = ["seed=3", "seed=4", "cfg_scale=7", "fast=True", "seed=-5", "fast=no", "a=b=c"]
+    assert parser().parse_args(argv).overrides == pairs
+    assert parser().parse_args(["save_video_path=out", "x/y=z", "seed=1"]).save_video_path == "out"
+    assert parser().parse_args(["x/y=z", "seed=1"]).overrides == ["seed=1", "x/y=z"], "a path is no pair"
 
 
 def test_help_shows_the_docstring_and_each_option_with_default_and_meaning(capsys):
@@ -104,19 +115,25 @@ def test_a_dry_run_says_what_will_run_then_the_options_then_all_that_is_missing(
 
     with pytest.raises(UserError) as caught:
         dry_run(Options(), ["task: 3 clips"], [lambda: None, missing("ckpt"), missing("vae"), missing("ckpt")])
-    assert capsys.readouterr().out.splitlines() == ["# task: 3 clips", "cfg_scale: 1.0", "seed: 0", "method: ddim"]
+    assert capsys.readouterr().out.splitlines() == [
+        "# task: 3 clips",
+        "cfg_scale: 1.0",
+        "seed: 0",
+        "method: ddim",
+        "fast: false",
+    ]
     assert str(caught.value) == "ckpt: nothing at /nowhere; vae: nothing at /nowhere"
 
 
 def test_a_user_error_is_one_line_without_traceback():
     program = start_program("raise UserError('no such file; give another')")
-    assert outcome(program) == (1, "error: no such file; give another\n")
+    assert outcome(program) == (2, "error: no such file; give another\n")
 
 
 def test_another_rank_names_itself():
     """An error that only rank 1 has must be seen too."""
     program = start_program("cli.PATIENCE = 0; raise UserError('bad shard')", RANK="1")
-    assert outcome(program) == (1, "error: bad shard (rank 1)\n")
+    assert outcome(program) == (2, "error: bad shard (rank 1)\n")
 
 
 def test_ctrl_c_is_one_line():

@@ -178,8 +178,8 @@ def test_fixed_spatial_trains_the_temporal_blocks(tmp_path):
     [
         ("cfg_scal: 7", [], "unknown key cfg_scal; did you mean cfg_scale"),
         ("", ["sede=1"], "unknown key sede; did you mean seed"),
-        ("", ["cache.intervall=2"], "Did you mean: 'interval'"),
-        ("num_frames: many", [], "num_frames: Value 'many'"),
+        ("", ["cache.intervall=2"], "command line: unknown key cache.intervall; did you mean interval"),
+        ("num_frames: many", [], "options.yaml: num_frames: 'many' is not a number"),
         ("", ["num_frames"], "num_frames: expected key=value"),
         ("model: [", [], "is not valid YAML"),
         ("- a list", [], "holds no `key: value` lines"),
@@ -268,7 +268,7 @@ def test_cache_that_makes_no_sense_shows_the_form(text):
 def test_a_value_outside_its_option_s_limits_is_one_line(item, message):
     with pytest.raises(UserError) as caught:
         load_config(SampleConfig, None, [item])
-    assert str(caught.value) == message
+    assert str(caught.value) == f"command line: {message}"
 
 
 def test_limits_hold_for_each_entry_of_a_list_and_not_for_none():

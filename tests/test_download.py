@@ -129,13 +129,13 @@ def test_a_damaged_download_is_not_kept(tmp_path, hub):
     (tmp_path / "taichi-skip").mkdir()
     (tmp_path / "taichi-skip" / f"taichi-skip.pt.{etag[:8]}.part").write_bytes(b"?" * 2500)
     result = download(tmp_path, hub.endpoint, "--only", "taichi")
-    assert result.returncode == 1 and "damaged" in result.stderr and not list((tmp_path / "taichi-skip").iterdir())
+    assert result.returncode == 2 and "damaged" in result.stderr and not list((tmp_path / "taichi-skip").iterdir())
 
 
 def test_another_file_under_the_name_of_a_checkpoint(tmp_path, hub):
     """A mirror that serves something else: nothing is fetched."""
     result = download(tmp_path, hub.endpoint, "--only", "ucf101")
-    assert result.returncode == 1 and "11 bytes instead of 2,771,053,040" in result.stderr and not hub.gets
+    assert result.returncode == 2 and "11 bytes instead of 2,771,053,040" in result.stderr and not hub.gets
 
 
 def test_offline_names_urls_targets_and_the_mirror(tmp_path):
@@ -143,7 +143,7 @@ def test_offline_names_urls_targets_and_the_mirror(tmp_path):
     result = download(tmp_path, "http://127.0.0.1:9")
     *log, error = result.stderr.splitlines()
     files = [line for line in log if " -> " in line]  # older clients log their retries too
-    assert result.returncode == 1 and len(files) == 6
+    assert result.returncode == 2 and len(files) == 6
     assert files[0].endswith(f"ucf101-skip.pt -> {tmp_path}/ucf101-skip/ucf101-skip.pt")
     assert files[-1].endswith(f"/vae/diffusion_pytorch_model.bin -> {tmp_path}/Latte/vae/diffusion_pytorch_model.bin")
     assert error.startswith("error: the hub is out of reach") and "HF_ENDPOINT" in error
@@ -151,7 +151,7 @@ def test_offline_names_urls_targets_and_the_mirror(tmp_path):
 
 def test_a_file_that_the_hub_lacks(tmp_path, hub):
     result = download(tmp_path, hub.endpoint, "--only", "ffs")
-    assert result.returncode == 1 and "404" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "404" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_dry_run_lists_without_network(tmp_path):
@@ -165,7 +165,7 @@ def test_dry_run_lists_without_network(tmp_path):
 
 def test_an_unknown_name_lists_the_valid_ones(tmp_path):
     result = download(tmp_path, "http://127.0.0.1:9", "--only", "sky")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "'skytimelapse'" in result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "'skytimelapse'" in result.stderr
 
 
 def test_help_lists_the_names_without_torch(tmp_path):

@@ -59,7 +59,7 @@ REFUSED = [
 def test_a_value_outside_its_limits_or_choices_is_one_line(schema, change, message):
     with pytest.raises(UserError) as error:
         load_config(schema, None, [change])
-    assert str(error.value) == message
+    assert str(error.value) == f"command line: {message}"
 
 
 ALLOWED = [

@@ -99,7 +99,7 @@ def check_dry_run(arguments: list[str], monkeypatch, capsys) -> None:
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as stop:
         errors = capsys.readouterr().err.strip()
-        assert stop.code == 1 and errors.startswith("error: "), errors
+        assert stop.code == 2 and errors.startswith("error: "), errors
         for error in split_errors(errors.removeprefix("error: ")):
             match = MISSING.fullmatch(error)
             assert match and not Path(match["path"]).exists(), f"{shlex.join(arguments)}: {error}"

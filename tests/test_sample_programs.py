@@ -141,7 +141,7 @@ def test_flags_left_out_keep_the_values_of_the_yaml(tiny, monkeypatch, capsys):
     [
         (["--deepcache", "2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["--cache", "N2-b3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
-        (["--deepcache", "2", "--cache", "N2"], "--cache and --deepcache both give a plan"),
+        (["--deepcache", "2", "--cache", "N2"], "--cache and deepcache=2 both set cache: leave one out"),
         (["--cache", "2"], "--cache 2: expected N<interval>"),
         (["--cache", "0,9"], "cache.full_steps: 9 is no step of 6, 0 ... 5"),
         (["cache.full_steps=[0,1,1]"], "cache.full_steps: [0, 1, 1] must begin with 0"),
@@ -173,11 +173,11 @@ def test_sample_says_that_it_is_one_process(tiny, monkeypatch):
 
 
 def test_runs_from_any_directory(tiny, tmp_path):
-    """As a command, with a path relative to the current directory; a mistake is one line on stderr and exit code 1."""
+    """As a command, with a path relative to the current directory; a mistake is one line on stderr and exit code 2."""
     command = [sys.executable, ROOT / "sample/sample.py", "--config", tiny.name, "vae=nowhere"]
     shutil.copy(tiny, tmp_path)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout.startswith("model: Latte-skip")
+    assert result.returncode == 2 and result.stdout.startswith("model: Latte-skip")
     assert result.stderr.startswith("error: no VAE in") and result.stderr.count("\n") == 1
 
 
@@ -381,7 +381,7 @@ def test_a_dry_run_through_a_script_is_one_process_with_one_line_for_what_is_mis
     assert (
         result.stdout.count("# plan: N2, ddim 50 with guidance 7: 28 full and 22 cached steps; 121 TMACs a clip") == 1
     )
-    assert result.returncode == 1 and result.stderr.startswith("error: ckpt: nothing at ")
+    assert result.returncode == 2 and result.stderr.startswith("error: ckpt: nothing at ")
     assert result.stderr.count("\n") == 1
 
 

@@ -705,7 +705,7 @@ def test_dry_run_with_a_missing_file_ends_with_exit_1(latents, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--dry-run", f"latents_path={latents}", "preview_every=1"]
     command += [*(f"{key}={value}" for key, value in TINY.items()), "vae=other", "pretrained_model_path=/"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout.startswith("# model: Latte-skip, ")
+    assert done.returncode == 2 and done.stdout.startswith("# model: Latte-skip, ")
     assert done.stderr.startswith("error: no VAE in /other: ") and done.stderr.count("\n") == 1
 
 
@@ -725,7 +725,7 @@ def test_error_ends_the_program_with_exit_1():
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "ckpt_every=0"], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A grid of cache plans, solvers, steps and guidance over paired seeds: table, CSV and Pareto plots.
 
-    python tools/sweep.py plans=[N2,N4] methods=[ddim,dpmsolver++] steps=[20,50] num_clips=14        # the demo
-    python tools/sweep.py plans=[N2,N3,N4] steps=[50] guidance=[1,2.5] reference=ddim-250 real_path=datasets/demo/test
+    python tools/sweep.py --cache N2 N4 methods=[ddim,dpmsolver++] steps=[20,50] num_clips=14        # the demo
+    python tools/sweep.py --cache N2 N3 N4 steps=[50] guidance=[1,2.5] reference=ddim-250 real_path=datasets/demo/test
     torchrun --standalone --nproc_per_node=8 tools/sweep.py --config sweep.yaml     # a YAML may hold the grid, too
 
 Each cell of the grid is compared with the uncached run of its own solver, steps and guidance, which always runs. With
@@ -18,14 +18,14 @@ grid only what it adds.
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import UserError, cli, load_config, option
-from sample.options import DEMO
+from sample.options import DEMO, add_cache_flag
 from tools.metrics.options import MeasureConfig
 
 
@@ -33,7 +33,7 @@ from tools.metrics.options import MeasureConfig
 class SweepConfig(MeasureConfig):
     """The grid."""
 
-    plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, or recipes (*.json), beside uncached")
+    plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, or recipes (*.json), beside uncached: --cache")
     methods: list[str] | None = option(None, "solvers; empty: sample_method")
     steps: list[int] | None = option(None, "sampling steps; empty: num_sampling_steps", least=1)
     guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale")
@@ -42,6 +42,7 @@ class SweepConfig(MeasureConfig):
 
 
 parser = cli.Parser(__doc__, SweepConfig, DEMO)
+add_cache_flag(parser)
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
@@ -247,6 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     with distributed() as env:
         cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
+        cfg = replace(cfg, plans=args.cache or cfg.plans)
         plan_of = planner(cfg, env.device)
         tasks = with_controls(make_grid(cfg), plan_of)
         rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from configs import TrainConfig, UserError, load_config, to_yaml
+from configs import TrainConfig, UserError, absolute_path, load_config, to_yaml
 from configs.files import check_writable, differences, lock, write_text
 from models.checkpoint import save_checkpoint
 
@@ -95,7 +95,7 @@ def find_run(cfg: TrainConfig) -> Path | None:
     if wanted == "no":
         return None
     if wanted != "auto":
-        folder = Path(wanted).expanduser()
+        folder = absolute_path(wanted, Path.cwd())
         if not (folder / "config.yaml").is_file():
             raise UserError(
                 f"resume_from_checkpoint: {folder} is no run folder (it has no config.yaml); or give auto, no"

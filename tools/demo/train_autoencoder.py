@@ -1,12 +1,12 @@
 """Train a small diffusers AutoencoderKL on class folders of video files: the demo's VAE, or one for your own clips.
 
     python tools/demo/train_autoencoder.py                           # configs/demo/vae.yaml, 55 minutes on one core
-    python tools/demo/train_autoencoder.py max_minutes=4 output_dir=results/quick
+    python tools/demo/train_autoencoder.py max_minutes=4 output=results/quick
     python tools/demo/train_autoencoder.py --config my_vae.yaml data_path=my_clips
 
 Data: {data_path}/{train,test}/<Class>/*.mp4, or any other video files. Writes log.txt, log.jsonl, test_frames.png (real
 above reconstructed) and vae/, a diffusers folder with the averaged weights in half precision and the scaling_factor
-measured on the train split. The other programs read it with pretrained_model_path={output_dir} vae=vae. The weights
+measured on the train split. The other programs read it with pretrained_model_path={output} vae=vae. The weights
 appear at the end: an interrupted run leaves none, and the same command starts over.
 
 Letters: N frames of a split, B frames of a batch, C latent channels, h = w = image_size / downsample.
@@ -28,7 +28,7 @@ class AutoencoderConfig:
     """The training of the VAE"""
 
     data_path: str = option("datasets/demo", "its train/ and test/ hold a folder of videos for each class", path=True)
-    output_dir: str = option("results/vae", "the folder to write", path=True)
+    output: str = option("results/vae", "the folder to write", path=True)
     image_size: int = option(64, "the shorter side of a frame is resized to this; squares are cut from it", least=1)
     block_out_channels: list[int] = option(
         lambda: [32, 64, 96, 128], "width of each level; every level but the last halves the resolution", least=1
@@ -178,9 +178,9 @@ def latent_statistics(codec: LatentCodec, frames: Tensor) -> dict[str, float]:
 
 def train(cfg: AutoencoderConfig) -> None:
     """One run, from random weights to the saved VAE."""
-    out = Path(cfg.output_dir)
+    out = Path(cfg.output)
     if (out / "vae").exists():
-        raise UserError(f"output_dir: {out} holds a finished VAE: choose another folder, or remove it")
+        raise UserError(f"output: {out} holds a finished VAE: choose another folder, or remove it")
     train_frames, _ = load_frames(Path(cfg.data_path, "train"), cfg.image_size)
     test_frames, test_classes = load_frames(Path(cfg.data_path, "test"), cfg.image_size)
     test_frames = to_floats(center_crop(test_frames, [cfg.image_size]))
@@ -252,7 +252,7 @@ def main() -> None:
     cfg = load_config(AutoencoderConfig, args.config, args.overrides)
     if args.dry_run:
         num_parameters = sum(p.numel() for p in create_autoencoder(cfg).parameters())
-        work = f"a VAE of {num_parameters:,} parameters, to {cfg.output_dir}"
+        work = f"a VAE of {num_parameters:,} parameters, to {cfg.output}"
         return cli.dry_run(cfg, [work], [lambda: require_path(cfg, "data_path")])
     train(cfg)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import CacheOptions, SampleConfig, cli
+from configs import CacheOptions, SampleConfig, absolute_path, cli
 from configs.errors import UserError
 from configs.files import atomic_path, check_record, check_writable, file_hash, write_json, write_text
 from configs.tables import markdown_table
@@ -75,7 +75,7 @@ class Cell:
     def with_plan(self, text: str) -> "Cell":
         """The same sampler by a plan as --cache takes it, or by a recipe: a path that ends in .json."""
         if text.endswith(".json"):
-            return replace(self, recipe=str(Path(text).expanduser().resolve()))
+            return replace(self, recipe=str(absolute_path(text, Path.cwd())))
         return self.with_cache(parse_plan(text))
 
     def with_cache(self, cache: CacheOptions) -> "Cell":

@@ -190,7 +190,8 @@ class SampledClips:
 
     def __init__(self, cfg: EvaluateConfig, device: torch.device):
         self.cfg, self.wanted, self.device = cfg, cfg.num_fake, device
-        changes = [f"{key}={json.dumps(value)}" for key, value in flatten(cfg.sample).items()]
+        changes = flatten(cfg.sample).items()
+        changes = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
         self.sampling = resolve(load_config(SampleConfig, require_path(cfg, "generate"), changes), device)
         self.plan = make_plan(self.sampling)
         self.seconds: list[float] = []  # of a clip, sampled and decoded, by batch
