@@ -9,7 +9,7 @@ The same command continues where it was interrupted. All that is random (timeste
 generators named by the seed and the number of the clip: a run depends neither on how many processes share it nor on how
 often it was interrupted, and has no generator's state to save. Weights appear as `{run}/checkpoints/{step:07d}.pt` =
 {ema, model}.
-Letters: B clips of a process, F frames, K stills, C channels of the latents.
+Letters: B clips of a process, f frames and C channels of a clip's latents, K stills.
 """
 
 import sys
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
@@ -38,6 +38,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from datasets import ClipSampler, class_changes, get_dataset, load_batches
 from datasets.latents import check_latents
 from diffusion import Diffusion, make_diffusion
+from models import model_dimensions
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import save_checkpoint
 from models.hardware import local_device
@@ -135,7 +136,7 @@ def clip_losses(
     Clip number `first` + i of the run draws from a generator of its own: posterior noise, t, noise, two label coins,
     and with `stale_features` a coin and a distance of timesteps.
     """
-    mean, std = training.latent_moments(batch["video"].to(device, non_blocking=True), encoder)  # (B, F+K, C, h, w)
+    mean, std = training.latent_moments(batch["video"].to(device, non_blocking=True), encoder, cfg)  # (B, f+K, C, h, w)
     B, t = len(mean), []
     # Contiguous, whatever the latents' strides: what a generator draws depends on the layout it fills.
     posterior_noise, noise, coins = (torch.empty(shape, device=device) for shape in (mean.shape, mean.shape, (B, 2)))
@@ -200,6 +201,7 @@ def train(cfg: TrainConfig) -> None:
 
     # The run: continued, or new
     log = runs.open_run(cfg, rank)
+    cfg = training.settle_statistics(cfg, log, dataset, codec, device)
     if not restore(state, cfg, log, dataset.classes):
         if cfg.pretrained:
             training.start_from_pretrained(latte, cfg, diffusion, encoder, dataset, log)
@@ -275,6 +277,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(TrainConfig, args.config, args.overrides)
     training.check_training_options(cfg)
+    cfg = replace(cfg, in_channels=model_dimensions(cfg)["in_channels"])  # as the run's config.yaml has it
     if not args.dry_run:
         train(cfg)
     elif cli.rank() == 0:

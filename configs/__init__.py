@@ -133,8 +133,8 @@ class ModelOptions:
     """The transformer. An empty dimension is taken from the model's name."""
 
     model: str = option("Latte-XL/2", "Latte-{XL,L,B,S}/{2,4,8}[-skip[-cache[-N]]], or a name from the original code")
-    image_size: int = option(256, "height and width in pixels, a multiple of 8 x patch_size", least=1)
-    num_frames: int = option(16, "frames per clip", least=1)
+    image_size: int = option(256, "height and width in pixels, a multiple of the VAE's stride x patch_size", least=1)
+    num_frames: int = option(16, "frames per clip; a VAE that compresses time takes some numbers alone", least=1)
     num_classes: int | None = option(None, "number of classes; empty: unconditional", least=1)
     extras: int | None = option(
         None, "the original's switch: 1 unconditional, 2 class-conditional; empty: num_classes decides"
@@ -148,7 +148,9 @@ class ModelOptions:
     num_heads: int | None = option(None, "attention heads per block", least=1)
     patch_size: int | None = option(None, "height and width of a token, in latents", least=1)
     num_skips: int | None = option(None, "number of long skip branches, 0 ... depth / 4", least=0)
-    in_channels: int = option(4, "channels of the VAE's latents", least=1)
+    in_channels: int | None = option(None, "channels of the latents; empty: those of the VAE", least=1)
+    latent_mean: list[float] | None = option(None, "mean of each channel that training has measured; empty: none")
+    latent_std: list[float] | None = option(None, "likewise, the standard deviation", above=0)
     mlp_ratio: float = option(4.0, "hidden width of an MLP divided by D", above=0)
     attention_mode: str = option(
         "auto", "attention kernel; auto: the fastest for the device and type", choices=("auto", "sdpa", "math")
@@ -221,13 +223,14 @@ class SamplerOptions:
 
 @dataclass(kw_only=True)
 class AutoencoderOptions:
-    """The VAE: the diffusers folder {pretrained_model_path}/{vae}."""
+    """The VAE: any autoencoder of diffusers, the folder {pretrained_model_path}/{vae}, or a class."""
 
     pretrained_model_path: str | None = option("./pretrained/Latte/", "the folder that holds the VAE's", path=True)
-    vae: str = option("vae", "the VAE's folder: vae, sd-vae-ft-ema, sd-vae-ft-mse")
+    vae: str = option("vae", "its folder, such as vae or sd-vae-ft-mse, an absolute path, or package.module:Class")
     vae_chunk_frames: int = option(
         16, "frames that the VAE processes at once; limits memory, changes no result", least=1
     )
+    vae_tiling: bool | None = option(None, "the VAE's own tiles: large clips in less memory, slightly other pixels")
 
 
 @dataclass(kw_only=True)
@@ -280,6 +283,7 @@ class DataOptions:
     latents_path: str | None = option(
         None, "latents from tools/encode_latents.py; empty: encode during training", path=True
     )
+    latents_clips: int = option(8, "clips of each video that it encodes with a VAE that compresses time", least=1)
     num_workers: int = option(8, "processes that read data; 0: the training process reads", least=0)
 
 
@@ -288,6 +292,11 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     """Training. The sampler's options are those of the previews."""
 
     results_dir: str = option("./results", "the folder that holds the run folders", path=True)
+    latent_statistics: str = option(
+        "vae",
+        "normalization of latents; measured: by statistics of training clips, as for a VAE that states none",
+        choices=("vae", "measured"),
+    )
     pretrained: str | None = option(None, "initial weights, of Skip-DiT or Latte", path=True)
     skip_init: str = option(
         "identity",

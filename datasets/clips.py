@@ -157,12 +157,17 @@ def temporal_crop(total: int, num_frames: int, frame_interval: int, rng: np.rand
     Raises:
         BadClip: the video has fewer than `num_frames` frames.
     """
+    starts = total - num_frames * frame_interval + 1
+    return crop_at(int(rng.integers(starts)) if starts > 0 else 0, total, num_frames, frame_interval)
+
+
+def crop_at(start: int, total: int, num_frames: int, frame_interval: int) -> list[int]:
+    """Returns the indices of the frames of `temporal_crop` from `start` on; raises BadClip as it does."""
     if total < num_frames:
         raise BadClip(f"{total} frames, {num_frames} needed")
     span = num_frames * frame_interval
     if total >= span:
-        begin = int(rng.integers(total - span + 1))
-        return list(range(begin, begin + span, frame_interval))
+        return list(range(start, start + span, frame_interval))
     return [i * (total - 1) // max(num_frames - 1, 1) for i in range(num_frames)]
 
 

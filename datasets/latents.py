@@ -2,9 +2,14 @@
 
 A file holds `moments` (N, V, 2C, h, w) fp16: mean and standard deviation of all N frames' latents, in V = 1 or 2
 variants (as they are, mirrored). Mean and deviation, so that training still draws from the posterior.
+
+A VAE that compresses time encodes clips, not frames. Its files hold W clips from evenly spaced starts: `moments`
+(W, f, V, 2C, h, w), `stills` (W, V, 2C, h, w) of their first frames alone, and `starts` (W + 1), the last entry of
+which is the number of frames of the video.
 """
 
 import json
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,28 @@ RECORD = "latents.json"  # beside them: what they were made from
 def read_latents(path: Path, choose: Choose, num_variants: int = 1) -> torch.Tensor:
     """The moments of the chosen frames, (F, V, 2C, h, w); the rest of the file stays on disk.
 
+    Of a file of clips: those of the last clip that starts no later than the first chosen frame (f, V, 2C, h, w), or
+    of its still (1, V, 2C, h, w), if one frame is chosen.
+
     Raises:
         BadClip: the file is damaged, has fewer than `num_variants` variants or a value that is no finite number, or
             `choose` refuses it.
     """
     try:
         with safe_open(path, framework="np") as file:
-            moments = file.get_slice("moments")
-            if len(shape := moments.get_shape()) != 5 or shape[1] < num_variants:
+            if "starts" in file.keys():  # noqa: SIM118 (a file of safetensors is no dict)
+                *starts, total = file.get_tensor("starts").tolist()
+                indices = choose(total)
+                clip = bisect_right(starts, indices[0]) - 1
+                moments = file.get_slice("moments" if len(indices) > 1 else "stills")[clip : clip + 1]
+                frames = [moments[0] if len(indices) > 1 else moments]
+                shape = list(frames[0].shape)
+            else:
+                moments = file.get_slice("moments")
+                shape = moments.get_shape()
+                frames = [moments[i : i + 1] for i in choose(shape[0])]
+            if len(shape) != 5 or shape[1] < num_variants:
                 raise BadClip(f"has moments of shape {shape}, not (frames, {num_variants}, 2C, h, w)")
-            frames = [moments[i : i + 1] for i in choose(moments.get_shape()[0])]
     except (SafetensorError, OSError) as error:
         raise BadClip(f"is no file of latents: {error}") from error
     moments = torch.from_numpy(np.concatenate(frames))
@@ -46,13 +63,24 @@ def pick_variant(moments: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
     return moments[:, int(flip)]
 
 
-def latent_settings(args: Any) -> dict[str, Any]:
-    """The options on which encoded latents depend; with the VAE's fingerprint as `encoder` they are in the record."""
+def latent_settings(args: Any, of_clips: bool) -> dict[str, Any]:
+    """The options on which encoded latents depend; with the VAE's fingerprint as `encoder` they are in the record.
+
+    Args:
+        of_clips: whether the VAE compresses time.
+    """
+    clip = {"num_frames": args.num_frames, "frame_interval": args.frame_interval} if of_clips else {}
     return {
         "dataset": args.dataset.removesuffix("_img"),
         "image_size": args.image_size,
         "horizontal_flip": args.horizontal_flip,
+        **clip,
     }
+
+
+def have_statistics(args: Any) -> bool:
+    """Whether the VAE that encoded the latents at `args.latents_path` states their statistics."""
+    return json.loads(Path(args.latents_path, RECORD).read_text()).get("has_statistics", True)
 
 
 def check_latents(args: Any, encoder: str | None = None) -> None:
@@ -65,7 +93,7 @@ def check_latents(args: Any, encoder: str | None = None) -> None:
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
     made = json.loads(record.read_text())
-    check_same_settings(made, latent_settings(args), "latents_path", record.parent)
+    check_same_settings(made, latent_settings(args, "num_frames" in made), "latents_path", record.parent)
     if encoder and made.get("encoder") != encoder:
         raise UserError(f"vae: the latents in {record.parent} are of another VAE, {made['vae']}; use that one")
     if args.use_image_num and args.frame_data_txt:

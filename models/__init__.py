@@ -6,6 +6,7 @@ from typing import Any
 
 from configs import UserError
 from models.latte import Latte, check_dimensions
+from models.vaes import vae_spec
 
 SIZES = {  # depth, hidden_size, num_heads
     "XL": (28, 1152, 16),
@@ -14,7 +15,6 @@ SIZES = {  # depth, hidden_size, num_heads
     "S": (12, 384, 6),
 }
 PATCH_SIZES = (2, 4, 8)
-LATENT_DOWNSAMPLE = 8  # the stride of the VAE: pixels per latent
 PARTIAL_SKIPS = 2  # num_skips of the original's LatteIMG-skip-partial
 
 NAMES = (
@@ -58,6 +58,7 @@ def model_dimensions(args: Any) -> dict[str, Any]:
     Args:
         args: a SampleConfig, a TrainConfig, or any object with the original YAML's keys as attributes. Its dimensions
             (hidden_size, depth, num_heads, patch_size, num_skips), where set, override those of the model's name.
+            Those of the latents are those that the VAE gives to num_frames frames of image_size (models/vaes.py).
 
     Raises:
         UserError: the name is unknown (the error lists the valid names), or the dimensions do not fit together.
@@ -77,18 +78,19 @@ def model_dimensions(args: Any) -> dict[str, Any]:
     if extras == 2 and num_classes is None:
         raise UserError("num_classes is not set, but extras: 2 makes the model class-conditional")
     patch_size = option("patch_size", variant.patch_size)
-    token_size = LATENT_DOWNSAMPLE * patch_size
+    vae = vae_spec(args)
+    token_size = vae.space * patch_size
     if args.image_size % token_size:
         raise UserError(f"image_size: {args.image_size} is not a multiple of {token_size}, a token's height in pixels")
     dimensions = dict(
-        input_size=args.image_size // LATENT_DOWNSAMPLE,
+        input_size=args.image_size // vae.space,
         patch_size=patch_size,
-        in_channels=option("in_channels", 4),
+        in_channels=option("in_channels", vae.channels),
         hidden_size=option("hidden_size", variant.hidden_size),
         depth=depth,
         num_heads=option("num_heads", variant.num_heads),
         mlp_ratio=option("mlp_ratio", 4.0),
-        num_frames=args.num_frames,
+        num_frames=vae.latent_frames(args.num_frames),
         class_dropout_prob=option("class_dropout_prob", 0.1),
         num_classes=num_classes if extras == 2 else None,
         learn_sigma=option("learn_sigma", True),

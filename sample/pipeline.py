@@ -4,7 +4,7 @@
     pipe = load(cfg, device)
     videos = generate(pipe, seeds=[0, 1], labels=[3, 5])  # (2, F, 3, H, W) in [-1, 1]
 
-Letters: B batch, F frames, C channels of the latents, h = w = H / 8.
+Letters: B batch, F frames; of the latents f frames, C channels, h, w (models/vaes.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,8 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
         UserError: options contradict each other. The weights are not read for this.
     """
     check_options(cfg)
-    num_classes = model_dimensions(cfg)["num_classes"]
+    dimensions = model_dimensions(cfg)
+    num_classes = dimensions["num_classes"]
     if cfg.cfg_scale != 1 and (num_classes is None or not cfg.class_dropout_prob):
         lacks = "classes" if num_classes is None else "null label (class_dropout_prob is 0)"
         raise UserError(f"cfg_scale: {cfg.cfg_scale} asks for guidance, but this model has no {lacks}; use cfg_scale=1")
@@ -49,6 +50,7 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
     cfg = replace(
         cfg,
         num_classes=num_classes,
+        in_channels=dimensions["in_channels"],
         precision=precision,
         attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
     )
@@ -74,6 +76,8 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     if cfg.recipe:
         check_recipe(cfg)
     checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
+    if not codec.has_statistics:
+        raise UserError(f"latent_mean: {cfg.vae} states no statistics; give latent_mean and latent_std of the training")
     with torch.device("meta"):  # skips initialization: the checkpoint has all weights
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)
@@ -122,7 +126,7 @@ def sample_latents(
     plan: Plan | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Returns latents (B, F, C, h, w) in fp32, one clip per seed. A clip does not depend on the rest of the batch.
+    """Returns latents (B, f, C, h, w) in fp32, one clip per seed. A clip does not depend on the rest of the batch.
 
     Args:
         labels: one per seed; None for an unconditional model.

@@ -18,6 +18,7 @@ from diffusion.sampling import evaluations
 from models import model_dimensions, parse_name
 from models.macs import count_parameters, readable, step_macs
 from models.skip_cache import check_cache_depth, explicit_plan, forecast_weights, interval_plan
+from models.vaes import describe_vae
 from sample.recipes import FITTED, Recipe, load_recipe
 
 UNCACHED = CacheOptions(interval=1)
@@ -181,5 +182,6 @@ def describe_run(cfg: SampleConfig, plans: Sequence[Plan], device: torch.device)
     size = count_parameters(cfg)
     return [
         f"model: {cfg.model}, {size:,} parameters, {cfg.precision} on {device.type}, attention {cfg.attention_mode}",
+        describe_vae(cfg),
         *(describe_plan(cfg, plan) for plan in plans),
     ]

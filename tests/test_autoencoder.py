@@ -64,7 +64,7 @@ def test_shapes_and_range(vae):
     """(B, F, 3, H, W) <-> (B, F, C, H/8, W/8), fp32, decoded values in [-1, 1]."""
     codec = LatentCodec(vae)
     latents = codec.encode(VIDEOS)
-    assert codec.downsample == 8
+    assert codec.spec.space == 8
     assert latents.shape == (2, 5, 4, 4, 4)
     decoded = codec.decode(latents * 100)
     assert decoded.shape == VIDEOS.shape and decoded.dtype == torch.float32

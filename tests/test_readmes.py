@@ -16,7 +16,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+
+from models.autoencoder import LatentCodec
+from models.vaes import VaeSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [
@@ -177,6 +181,11 @@ def test_python_blocks_run(readme, checkout, monkeypatch):
     namespace = {}
     for line, code in blocks(readme, "python"):
         exec(compile("\n" * line + code, readme, "exec"), namespace)
+    if readme == "train_scripts/README.md":
+        codec = LatentCodec(namespace["Squares"](), spec=VaeSpec("Squares", 48, 1, 4))
+        x = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+        torch.testing.assert_close(codec.decode(codec.encode(x)), x)
+        return
     assert (checkout / "sample_videos/cup.mp4").stat().st_size > 1000
     assert namespace["videos"].shape == (2, 16, 3, 64, 64) and namespace["video"].shape == (1, 16, 3, 64, 64)
     plan = namespace["plan"]

@@ -567,7 +567,7 @@ def test_scaler_at_the_end_of_its_scale_stops_the_run(latents, tmp_path, monkeyp
         (dict(preview_every=1, pretrained_model_path=ROOT / "pretrained/demo"), "are of another VAE, tiny"),
         (
             dict(preview_every=1, pretrained_model_path=ROOT / "pretrained/demo", in_channels=8),
-            "is 8x with 4 channels, the model wants 8x with 8",
+            "in_channels: 8, but the latents of AutoencoderKL have 4 channels",
         ),
         (dict(resume_from_checkpoint="/nowhere"), "is no run folder"),
         (dict(pretrained="/nowhere.pt"), "no checkpoint /nowhere.pt"),

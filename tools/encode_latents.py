@@ -7,7 +7,8 @@
 
 Reads `data_path`, writes `latents_path` (see datasets/latents.py). The same command again encodes what is missing, and
 videos that were replaced. Latents whose video is gone move to `latents_path`/.dropped, where training does not look.
-Letters: N frames of a video, n <= PIECE of them, S image_size, V variants (as it is, mirrored), C channels of latents.
+Letters: N frames of a video, n <= PIECE of them, S image_size, V variants (as it is, mirrored), C channels of latents;
+with a VAE that compresses time, W clips of F frames, f frames of latents each.
 """
 
 import hashlib
@@ -34,11 +35,12 @@ from tqdm import tqdm
 
 from configs.files import atomic_path, check_record, check_writable, file_hash, write_json
 from datasets import class_changes, get_dataset
-from datasets.clips import ClipDataset, summary, survey
+from datasets.clips import ClipDataset, crop_at, summary, survey
 from datasets.latents import RECORD, SUFFIX, latent_settings
 from datasets.readers import BadClip, Read
 from datasets.transforms import square
-from models.autoencoder import load_codec, vae_file
+from models.autoencoder import LatentCodec, load_codec, vae_file
+from models.vaes import describe_vae, own_class, vae_spec
 from sample.distributed import Environment, distributed
 
 PIECE = 256  # frames of a video that are in memory at full size: 1.6 GB of 1920 x 1080
@@ -124,7 +126,48 @@ def read_in_pieces(read: Read, path: Path) -> Iterator[Tensor]:
         start += PIECE
 
 
-def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset) -> None:
+def encode_frames(cfg: TrainConfig, codec: LatentCodec, clips: ClipDataset, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of frames (see datasets/latents.py): moments (N, V, 2C, h, w)."""
+    pieces = read_in_pieces(clips.read, path)
+    return {"moments": torch.cat([half_moments(codec, make_variants(cfg, clips, frames)) for frames in pieces])}
+
+
+def encode_clips(cfg: TrainConfig, codec: LatentCodec, clips: ClipDataset, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of clips: moments (W, f, V, 2C, h, w), starts (W + 1) and stills (W, V, 2C, h, w)."""
+    starts: list[int] = []
+    total, possible = 0, 1  # frames, and places where a clip can start
+
+    def choose(number: int) -> list[int]:
+        nonlocal total, possible
+        total, possible = number, max(1, number - cfg.num_frames * cfg.frame_interval + 1)
+        starts.append(len(starts) * possible // min(possible, cfg.latents_clips))
+        return crop_at(starts[-1], total, cfg.num_frames, cfg.frame_interval)
+
+    moments, num_stills = [], int(codec.spec.causal)
+    while len(starts) < min(possible, cfg.latents_clips):
+        x = make_variants(cfg, clips, clips.read(path, choose)).transpose(0, 1)  # (V, F, 3, S, S)
+        x = half_moments(codec, torch.cat([x, x[:, :num_stills]], dim=1), num_stills)  # (V, f + num_stills, 2C, h, w)
+        moments.append(x.transpose(0, 1))
+    moments = torch.stack(moments)  # (W, f + num_stills, V, 2C, h, w)
+    length = codec.spec.latent_frames(cfg.num_frames)
+    parts = {"moments": moments[:, :length], "starts": torch.tensor([*starts, total])}
+    return parts | ({"stills": moments[:, -1]} if num_stills else {})
+
+
+def make_variants(cfg: TrainConfig, clips: ClipDataset, frames: Tensor) -> Tensor:
+    """(n, 3, H, W) -> (n, V, 3, S, S)"""
+    return torch.stack([square(frames, cfg.image_size, flip) for flip in ([False, True] if clips.flip else [False])], 1)
+
+
+def half_moments(codec: LatentCodec, videos: Tensor, num_stills: int = 0) -> Tensor:
+    """Mean and deviation of the latents of videos, (B, f, 2C, h, w) fp16; BadClip if one of them is not finite."""
+    moments = torch.cat(codec.moments(videos.to(codec.device), num_stills), dim=2).half().cpu()
+    if not moments.isfinite().all():
+        raise BadClip("its latents are not finite numbers of half precision")
+    return moments
+
+
+def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset, has_statistics: bool) -> None:
     """Writes what the latents are made with; UserError if `latents_path` holds latents of other settings."""
     path = Path(cfg.latents_path, RECORD)
     if check_record(path, settings, "latents_path"):
@@ -132,8 +175,9 @@ def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset)
         if before and clips.classes and (changes := class_changes(before, clips.classes)):
             print(f"the classes have changed: {changes}")
         drop_orphans(cfg, clips)
-    places = {"data_path": cfg.data_path, "vae": str(Path(cfg.pretrained_model_path, cfg.vae))}  # these may move
-    write_json(path, settings | places | {"classes": clips.classes})
+    vae = cfg.vae if own_class(cfg.vae) else str(vae_file(cfg).parent)
+    places = {"data_path": cfg.data_path, "vae": vae}  # these may move
+    write_json(path, settings | places | {"classes": clips.classes, "has_statistics": has_statistics})
 
 
 @torch.no_grad()
@@ -146,9 +190,10 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
     Raises:
         UserError: `latents_path` holds latents made otherwise, or more than max_bad_fraction of the videos are broken.
     """
-    clips, codec = source_videos(cfg), load_codec(cfg, env.device)
-    settings = latent_settings(cfg) | {"encoder": codec.fingerprint()}
-    env.from_first(lambda: write_record(cfg, settings, clips))
+    clips, codec = source_videos(cfg), load_codec(replace(cfg, latent_mean=None), env.device)
+    of_clips = codec.spec.time > 1
+    settings = latent_settings(cfg, of_clips) | {"encoder": codec.fingerprint()}
+    env.from_first(lambda: write_record(cfg, settings, clips, codec.has_statistics))
 
     bad, changed = [], []
     for path in tqdm(clips.paths[env.rank :: env.world_size], disable=not env.is_main, unit="video"):
@@ -158,21 +203,15 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
         if file.exists():
             changed.append(str(path))
             drop(cfg, file)
-        moments = []
         try:
             facts = video_facts(path, content=True)
-            for frames in read_in_pieces(clips.read, path):  # (n, 3, H, W)
-                variants = [square(frames, cfg.image_size, flip) for flip in ([False, True] if clips.flip else [False])]
-                mean, std = codec.moments(torch.stack(variants, dim=1).to(env.device))  # (n, V, C, h, w)
-                moments.append(torch.cat([mean, std], dim=2).half().cpu())
-            if not all(part.isfinite().all() for part in moments):
-                raise BadClip("its latents are not finite numbers of half precision")
+            tensors = (encode_clips if of_clips else encode_frames)(cfg, codec, clips, path)
         except (BadClip, OSError) as error:  # OSError: it is gone since
             tqdm.write(f"skipped {path}: {error}")
             bad.append(f"{path}: {error}")
             continue
         with atomic_path(file) as temporary:
-            save_file({"moments": torch.cat(moments)}, temporary, facts)  # (N, V, 2C, h, w)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
     bad, changed = env.gather(bad), env.gather(changed)
     if env.is_main:
         print(f"{len(clips.paths)} videos, {len(bad)} skipped")
@@ -194,6 +233,7 @@ def describe_encoding(cfg: TrainConfig) -> list[str]:
     return [
         f"videos: {len(videos):,} in {cfg.data_path}, {there:,} of them encoded before, processes: {cli.world_size()}",
         f"latents: of frames at {cfg.image_size} x {cfg.image_size}, in {cfg.latents_path}",
+        describe_vae(cfg),
     ]
 
 
@@ -207,10 +247,11 @@ def main() -> None:
         with distributed() as env:
             encode(cfg, env, args.compare_content)
     elif cli.rank() == 0:
+        settings = latent_settings(cfg, vae_spec(cfg).time > 1)
         checks = [
             lambda: source_videos(cfg),
             lambda: vae_file(cfg),
-            lambda: check_record(Path(cfg.latents_path, RECORD), latent_settings(cfg), "latents_path"),
+            lambda: check_record(Path(cfg.latents_path, RECORD), settings, "latents_path"),
         ]
         cli.dry_run(cfg, describe_encoding(cfg), checks)
 

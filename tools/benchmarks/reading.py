@@ -123,7 +123,7 @@ def read_epoch(way: Way, cfg: ReadingBenchmark, epoch: int) -> float:
     start = time.perf_counter()
     for batch in islice(batches, num_batches):
         if way.codec:
-            way.codec.moments(batch["video"].to(way.codec.vae.device))[0].cpu()  # cpu: wait for the GPU
+            way.codec.moments(batch["video"].to(way.codec.device))[0].cpu()  # cpu: wait for the GPU
     return (time.perf_counter() - start) / (num_batches * batch_size)
 
 

@@ -57,7 +57,7 @@ def benchmark(cfg: SamplingBenchmark) -> dict[str, Any]:
 def make_ways(cfg: SamplingBenchmark, device: torch.device) -> dict[str, Way]:
     """The ways by name: the original's, then for each type the full and the cached step, eager and compiled."""
     latte = get_models(cfg).to(device).eval()
-    x = torch.randn(cfg.batch, cfg.num_frames, cfg.in_channels, latte.input_size, latte.input_size, device=device)
+    x = torch.randn(cfg.batch, latte.num_frames, latte.in_channels, latte.input_size, latte.input_size, device=device)
     t = torch.full((cfg.batch,), 500, device=device)
     y = None if latte.num_classes is None else torch.zeros(cfg.batch, dtype=torch.long, device=device)
     depth = cfg.cache.depth

@@ -28,8 +28,8 @@ def describe(cfg: TrainingBenchmark) -> str:
         UserError: options that no training can have.
     """
     check_training_options(cfg)
-    size = model_dimensions(cfg)["input_size"]
-    latents = (cfg.num_frames, cfg.in_channels, size, size)
+    keys = ("num_frames", "in_channels", "input_size", "input_size")
+    latents = tuple(model_dimensions(cfg)[key] for key in keys)
     work = f"on {cfg.local_batch_size} x {latents} latents"
     return f"a training step of {cfg.model}, {count_parameters(cfg):,} parameters, {work}"
 
@@ -71,7 +71,7 @@ def make_ways(cfg: TrainingBenchmark, device: torch.device) -> dict[str, Callabl
 def random_batch(cfg: TrainingBenchmark, latte: Latte, diffusion: Diffusion, device: torch.device) -> dict[str, Any]:
     """Arguments of `training_losses`: clips without stills."""
     B = cfg.local_batch_size
-    x, noise = torch.randn(2, B, cfg.num_frames, cfg.in_channels, latte.input_size, latte.input_size, device=device)
+    x, noise = torch.randn(2, B, latte.num_frames, latte.in_channels, latte.input_size, latte.input_size, device=device)
     t = torch.randint(diffusion.num_timesteps, (B,), device=device)
     labels = {} if cfg.num_classes is None else {"y": torch.randint(cfg.num_classes, (B,), device=device)}
     return dict(x_start=x, t=t, model_kwargs=labels, noise=noise)

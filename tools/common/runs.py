@@ -132,7 +132,8 @@ def compare_options(run: Path, cfg: TrainConfig) -> str:
         theirs = load_config(type(cfg), run / "config.yaml")
     except UserError as error:
         return f"options of another version of this code ({error})"
-    return differences(asdict(theirs), asdict(cfg), ignore=INCIDENTAL)
+    measured = set() if cfg.latent_mean else {"latent_mean", "latent_std"}  # by the run itself
+    return differences(asdict(theirs), asdict(cfg), ignore=INCIDENTAL | measured)
 
 
 def resume_states(run: Path) -> list[Path]:

@@ -20,22 +20,25 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from configs import SampleConfig, TrainConfig, UserError, cli, require_path
-from configs.files import check_writable
+from configs import SampleConfig, TrainConfig, UserError, cli, load_config, require_path, to_yaml
+from configs.files import check_writable, write_text
 from datasets import class_changes, collate, get_dataset
 from datasets.clips import class_folders
 from datasets.joint import WithStills
+from datasets.latents import have_statistics
 from diffusion import Diffusion, make_diffusion
 from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, vae_file
 from models.checkpoint import load_checkpoint
 from models.hardware import DTYPES, fastest_attention
 from models.latte import Latte, init_skips_as_identity
+from models.vaes import describe_vae, vae_spec
 from sample.media import save_grid
 from sample.pipeline import Pipeline, generate, resolve
 from sample.plans import UNCACHED, Plan, make_plan
 from tools.common import runs
 
+MEASURED_CLIPS = 128  # by `measure_statistics`
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter is trained
     "all": lambda name: True,
@@ -64,6 +67,9 @@ def check_training_options(cfg: TrainConfig) -> None:
     if cfg.stale_features and cfg.use_image_num:
         raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
     make_diffusion(cfg)
+    vae = vae_spec(cfg)
+    if cfg.use_image_num and not vae.causal:
+        raise UserError(f"use_image_num: {vae.name} encodes no single frames; leave stills out")
     if cfg.preview_every:
         preview_plans(cfg, torch.device("cpu"))
 
@@ -84,6 +90,7 @@ def describe_training(cfg: TrainConfig, run: Path | None) -> list[str]:
     place = f"continues {run}" if run else f"in {cfg.results_dir}, {runs.explain_new_run(cfg) or 'a new run'}"
     return [
         f"model: {cfg.model}, {size:,} parameters, {trained:,} to train, mixed_precision {cfg.mixed_precision}",
+        describe_vae(cfg),
         f"data: {clips} {cfg.latents_path or cfg.data_path}",
         f"batch: {math.prod(factors)} clips a step, {batch}",
         f"steps: {first} to {last}" if first <= last else f"steps: none, the run is finished at step {last}",
@@ -152,17 +159,60 @@ def start_from_pretrained(
     log.print(f"started from {cfg.pretrained}" + (f", skip branches from skip_init={cfg.skip_init}" if absent else ""))
     if absent and cfg.skip_init == "identity":
         batch = collate([dataset[0, i % len(dataset)] for i in range(8)])
-        x, _ = latent_moments(batch["video"].to(latte.pos_embed.device), encoder)  # (B, F+K, C, h, w)
-        x = x[:, : cfg.num_frames]
+        x, _ = latent_moments(batch["video"].to(latte.pos_embed.device), encoder, cfg)  # (B, f+K, C, h, w)
+        x = x[:, : latte.num_frames]
         t = torch.linspace(0, diffusion.num_timesteps - 1, len(x), device=x.device).long()  # (B,)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.global_seed)).to(x)
         y = None if cfg.num_classes is None else batch["label"].to(x.device)
         init_skips_as_identity(latte, diffusion.q_sample(x, t, noise), t, y)
 
 
-def latent_moments(video: Tensor, encoder: LatentCodec | None) -> tuple[Tensor, Tensor]:
+def latent_moments(video: Tensor, encoder: LatentCodec | None, cfg: TrainConfig) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a batch's latents, from pixels or, without encoder, from encoded moments."""
-    return encoder.moments(video) if encoder else video.float().chunk(2, dim=2)
+    if encoder:
+        return encoder.moments(video, cfg.use_image_num)
+    mean, std = video.float().chunk(2, dim=2)
+    if cfg.latent_mean:
+        measured = torch.tensor([cfg.latent_mean, cfg.latent_std], device=video.device)[..., None, None]  # (2, C, 1, 1)
+        mean, std = (mean - measured[0]) / measured[1], std / measured[1]
+    return mean, std
+
+
+def settle_statistics(
+    cfg: TrainConfig, log: runs.RunLog, dataset: Dataset, codec: LatentCodec | None, device: torch.device
+) -> TrainConfig:
+    """Returns the options with the latents' statistics, if any are to be measured: those of the run, or measured now.
+
+    The codec normalizes by them from now on. They are kept in the run's config.yaml.
+    """
+    path = log.run / "config.yaml"
+    run = load_config(TrainConfig, path)
+    if cfg.latent_mean:
+        return cfg  # the codec has them
+    cfg = replace(cfg, latent_mean=run.latent_mean, latent_std=run.latent_std)
+    stated = codec.has_statistics if codec else have_statistics(cfg)
+    if not cfg.latent_mean and (cfg.latent_statistics == "measured" or not stated):
+        found = measure_statistics(cfg, dataset, None if cfg.latents_path else codec, device) if not log.rank else None
+        mean, std = broadcast_object_list([found])[0]
+        cfg = replace(cfg, latent_mean=mean, latent_std=std)
+        if not log.rank:
+            write_text(path, to_yaml(replace(run, latent_mean=mean, latent_std=std)))
+        log.print(f"latents: measured mean {mean}, standard deviation {std}")
+    if codec and cfg.latent_mean:
+        codec.normalize(cfg.latent_mean, cfg.latent_std)
+    return cfg
+
+
+def measure_statistics(
+    cfg: TrainConfig, dataset: Dataset, encoder: LatentCodec | None, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the latents of up to MEASURED_CLIPS clips, posteriors included."""
+    sums = []
+    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), MEASURED_CLIPS)).round().astype(int).tolist():
+        mean, std = latent_moments(collate([dataset[0, i]])["video"].to(device), encoder, cfg)  # (1, f+K, C, h, w)
+        sums.append(torch.stack([each.double().mean((0, 1, 3, 4)) for each in (mean, mean**2 + std**2)]))
+    mean, square = torch.stack(sums).mean(0)  # (C,)
+    return mean.tolist(), (square - mean**2).clamp(min=1e-12).sqrt().tolist()
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:

@@ -193,7 +193,7 @@ def train(cfg: AutoencoderConfig) -> None:
     ema.update_parameters(vae)  # the first update copies
     codec = LatentCodec(ema.module)
     weights = {"pixel": 1.0, "edge": cfg.edge_weight, "perceptual": cfg.perceptual_weight, "kl": cfg.kl_weight}
-    latent_size = cfg.image_size // codec.downsample
+    latent_size = cfg.image_size // codec.spec.space
 
     out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, rank=0)
