@@ -194,9 +194,10 @@ def test_folders_of_frames_are_encoded_again_when_an_image_changes(tiny, tmp_pat
 
 def test_dry_run_says_what_would_run_and_writes_nothing(options, tmp_path, monkeypatch, capsys):
     run(monkeypatch, options, "--dry-run")
-    videos, latents, *yaml = capsys.readouterr().out.splitlines()
+    videos, latents, vae, *yaml = capsys.readouterr().out.splitlines()
     assert videos == f"# videos: 4 in {tmp_path}/videos, 0 of them encoded before, processes: 1"
     assert latents == f"# latents: of frames at 32 x 32, in {tmp_path}/out" and "image_size: 32" in yaml
+    assert vae == "# vae: AutoencoderKL, 16 frames of 32 x 32 -> latents 16 x 4 x 4 x 4"
     assert not (tmp_path / "out").exists()
     run(monkeypatch, options)
     capsys.readouterr()

@@ -659,16 +659,17 @@ def test_dry_run_says_what_would_run_and_makes_nothing(latents, tmp_path, monkey
     trained = sum(p.numel() for name, p in model.named_parameters() if name.startswith("skip_"))
     size = sum(p.numel() for p in model.parameters())
     assert lines[0] == f"# model: Latte-skip, {size:,} parameters, {trained:,} to train, mixed_precision no"
-    assert lines[1] == f"# data: 6 clips in {latents}"
-    assert lines[2] == "# batch: 8 clips a step, 4 a forward x 2 forwards x 1 processes"
-    assert lines[3:5] == ["# steps: 1 to 6", f"# run: in {tmp_path}/runs, a new run"]
+    assert lines[1] == "# vae: AutoencoderKL, 4 frames of 32 x 32 -> latents 4 x 4 x 4 x 4"
+    assert lines[2] == f"# data: 6 clips in {latents}"
+    assert lines[3] == "# batch: 8 clips a step, 4 a forward x 2 forwards x 1 processes"
+    assert lines[4:6] == ["# steps: 1 to 6", f"# run: in {tmp_path}/runs, a new run"]
     assert not (tmp_path / "runs").exists()
 
     run(latents, tmp_path / "runs", gradient_accumulation_steps=2, train_only="skip", max_train_steps=4)
     capsys.readouterr()
     dry_run(monkeypatch, tmp_path, cfg)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3:5] == ["# steps: 5 to 6", f"# run: continues {tmp_path}/runs/000-Latte-skip-video_folder"]
+    assert lines[4:6] == ["# steps: 5 to 6", f"# run: continues {tmp_path}/runs/000-Latte-skip-video_folder"]
     dry_run(monkeypatch, tmp_path, replace(cfg, max_train_steps=4))
     assert "# steps: none, the run is finished at step 4" in capsys.readouterr().out
     dry_run(monkeypatch, tmp_path, replace(cfg, global_seed=1))
