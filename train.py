@@ -77,7 +77,7 @@ def restore(state: TrainState, cfg: TrainConfig, log: runs.RunLog, classes: Sequ
         state.latte.load_state_dict(saved["model"])
         state.ema.load_state_dict(saved["ema"])
         state.optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError):  # names, shapes, another number of trained weights
+    except (KeyError, RuntimeError, ValueError):  # names, shapes, another number of trained weights, another optimizer
         if not (differ := runs.compare_options(log.run, cfg)):
             raise
         message = f"resume_from_checkpoint: {log.run} has other weights, as it has other options: {differ}"
@@ -161,7 +161,7 @@ def clip_losses(
         if cfg.use_image_num:
             image_labels = batch["image_labels"].to(device, non_blocking=True)  # (B, K)
             inputs["y_image"] = torch.where(drop[:, 1:], cfg.num_classes, image_labels)
-    return diffusion.training_losses(model, x, t, inputs, noise)["loss"]
+    return diffusion.training_losses(model, x, t, inputs, noise, cfg.min_snr)["loss"]
 
 
 def clip_seed(seed: int, number: int) -> int:
@@ -194,7 +194,7 @@ def train(cfg: TrainConfig) -> None:
     state = TrainState(
         latte=latte,
         ema=AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)),
-        optimizer=torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True),
+        optimizer=training.create_optimizer(cfg, latte),
         scaler=accelerator.scaler,
         meter=training.Meter(step_clips, cfg.max_train_steps),
     )

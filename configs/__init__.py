@@ -311,14 +311,20 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
         "timesteps to train at; logit-normal: more in the middle, fewer at the ends",
         choices=("uniform", "logit-normal"),
     )
-    learning_rate: float = option(1e-4, "AdamW's learning rate after the warm-up", above=0)
+    min_snr: float = option(0.0, "gamma of min-SNR loss weights (arXiv:2303.09556), such as 5; 0: none", least=0)
+    optimizer: str = option(
+        "adamw",
+        "muon: Muon for the matrices of blocks and skips, AdamW for the rest, at one learning rate",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = option(1e-4, "learning rate after the warm-up", above=0)
     lr_schedule: str = option(
         "constant",
         "learning rate after the warm-up; wsd decays in the last fifth",
         choices=("constant", "linear", "cosine", "wsd"),
     )
     lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
-    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
+    weight_decay: float = option(0.0, "weight decay", least=0)
     ema_decay: float = option(0.9999, "decay of the averaged weights", least=0, most=1)
     clip_max_norm: float = option(0.1, "largest gradient norm, from start_clip_iter on", above=0)
     start_clip_iter: int = option(500_000, "the first step with gradient clipping", least=0)

@@ -75,6 +75,14 @@ def x_start_errors(
     return torch.stack(errors, dim=1)
 
 
+def min_snr_weight(diffusion: "Diffusion", t: Tensor, gamma: float) -> Tensor:
+    """Returns the weights (B,) of the prediction's squared error that give x_0's error the weight min(SNR, gamma)."""
+    alpha, sigma = diffusion.at(t, t)[:2]  # (B,)
+    snr = (alpha / sigma) ** 2
+    slope = {"eps": sigma / alpha, "x0": torch.ones_like(snr), "v": sigma}[diffusion.prediction]  # of x_0
+    return snr.clamp(max=gamma) * slope**2
+
+
 def training_losses(
     diffusion: "Diffusion",
     model: Callable[..., Tensor],
@@ -82,6 +90,7 @@ def training_losses(
     t: Tensor,
     model_kwargs: dict[str, Any] | None = None,
     noise: Tensor | None = None,
+    min_snr: float = 0.0,
 ) -> dict[str, Tensor]:
     """Returns the losses of each sample, (B,) each: "mse", "vb" if the variance is learned, and "loss", their sum.
 
@@ -92,6 +101,7 @@ def training_losses(
         x_start: (B, ..., C, H, W) data.
         t: (B,) timesteps of this process.
         noise: (B, ..., C, H, W); None: drawn from the global generator.
+        min_snr: gamma. Above 0, "loss" has "mse" times `min_snr_weight`; Hang et al. 2023, eq. 6.
     """
     noise = torch.randn_like(x_start) if noise is None else noise
     x_t = diffusion.q_sample(x_start, t, noise)
@@ -101,4 +111,7 @@ def training_losses(
     if diffusion.learn_sigma:
         frozen = torch.cat([prediction.detach(), variance], dim=-3)
         losses["vb"] = variational_bound(diffusion, frozen, x_start, x_t, t)
-    return {**losses, "loss": sum(losses.values())}
+    total = sum(losses.values())
+    if min_snr:
+        total = total + (min_snr_weight(diffusion, t, min_snr) - 1) * losses["mse"]
+    return {**losses, "loss": total}

@@ -194,6 +194,35 @@ def test_perfect_prediction_has_no_loss(prediction):
     assert seen[0].tolist() == [0.0, 999.5]
 
 
+@pytest.mark.parametrize(
+    "diffusion", [*predictions("flow"), *predictions("gaussian")], ids=lambda d: f"{d.process}-{d.prediction}"
+)
+def test_min_snr_gives_the_error_of_x0_the_weight_min_snr(diffusion):
+    """For every process and prediction: loss = min(SNR, 5) |x_0 - estimate|^2, plus the bound; mse stays as it is."""
+    t, (x, eps), outputs = torch.tensor([20, 400, 900]), noise(2, 3, *SHAPE[1:]), []
+
+    def model(state: Tensor, t: Tensor) -> Tensor:
+        outputs.append(torch.cat([0.3 * state, state], dim=2) if diffusion.learn_sigma else 0.3 * state)
+        return outputs[-1]
+
+    losses, plain = (diffusion.training_losses(model, x, t, {}, eps, min_snr=gamma) for gamma in (5.0, 0.0))
+    c, x_t = diffusion.at(t, x), diffusion.q_sample(x, t, eps)
+    estimate = diffusion.x_start(diffusion.split(outputs[0], x)[0], x_t, c.alpha, c.sigma)
+    snr = (c.alpha / c.sigma).square().flatten()
+    assert snr[0] > 5 > snr[2]
+    expected = snr.clamp(max=5) * (estimate - x).square().flatten(1).mean(1) + losses.get("vb", 0)
+    torch.testing.assert_close(losses["loss"], expected, rtol=2e-3, atol=1e-6)
+    assert losses["mse"].equal(plain["mse"]) and plain["loss"].equal(plain["mse"] + plain.get("vb", 0))
+
+
+def test_min_snr_is_finite_at_the_ends_of_a_flow():
+    for prediction in ("v", "x0"):
+        loss = flow("", prediction).training_losses(
+            lambda x, t: x, noise(*SHAPE), torch.tensor([0.0, 1e3]), min_snr=5.0
+        )
+        assert loss["loss"].isfinite().all()
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_drawn_times_have_their_distribution(sampling, shift):

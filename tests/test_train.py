@@ -1,5 +1,6 @@
 """Training: resumed, distributed, accumulating and checkpointing runs equal the plain one; bad runs end in one line."""
 
+import copy
 import json
 import math
 import os
@@ -24,14 +25,22 @@ import train as program
 from configs import ROOT, TrainConfig, UserError, load_config, to_yaml
 from datasets import get_dataset
 from datasets.latents import RECORD
-from diffusion import make_diffusion
+from diffusion import Flow, make_diffusion
 from models import get_models
 from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
 from models.skip_cache import StaleFeatures
 from sample.distributed import Environment
 from tools.common.runs import RunLog
-from tools.common.training import StepGuard, check_same_clips, check_training_options, learning_rate
+from tools.common.training import (
+    StepGuard,
+    check_same_clips,
+    check_training_options,
+    create_model,
+    create_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 from train import clip_seed, train
 
 TINY = dict(
@@ -146,6 +155,118 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(latents, tmp_path, stil
     assert log_lines(tmp_path / "resumed") == log_lines(tmp_path / "unbroken")
 
 
+FLOW = dict(process="flow", prediction="v", learn_sigma=False, time_sampling="logit-normal", time_shift=3.0)
+
+
+@pytest.mark.parametrize(
+    "options", [FLOW | dict(optimizer="muon", min_snr=5.0), FLOW | dict(prediction="x0", mixed_precision="bf16")]
+)
+def test_a_flow_and_muon_resume_bit_for_bit(latents, tmp_path, options):
+    options = options | dict(lr_schedule="wsd", weight_decay=0.1)
+    unbroken = run(latents, tmp_path / "unbroken", **options)
+    stop_after(config(latents, tmp_path / "resumed", **options), 3)
+    assert_equal(run(latents, tmp_path / "resumed", **options), unbroken)
+    assert log_lines(tmp_path / "resumed") == log_lines(tmp_path / "unbroken")
+
+
+def test_a_flow_sees_shifted_logit_normal_times(latents, tmp_path):
+    """Real t = 1000 s of every clip, each from the clip's own generator; the labels are those of other objectives."""
+    seen = []
+
+    class Recorder(Flow):
+        def training_losses(self, model, x, t, kwargs, noise, min_snr):
+            seen.append((t, kwargs["y"], min_snr))
+            return super().training_losses(model, x, t, kwargs, noise, min_snr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion.Flow", Recorder)
+        run(latents, tmp_path / "flow", **FLOW, min_snr=2.0, max_train_steps=100, ckpt_every=100, log_every=100)
+    t = torch.cat([t for t, _, _ in seen]).double() / 1000
+    assert len(t) == 400 and t.unique().numel() > 390 and {gamma for *_, gamma in seen} == {2.0}
+    normal = t.logit() - math.log(3)
+    assert normal.mean().abs() < 0.2 and normal.std().item() == pytest.approx(1, abs=0.12)
+    # the first clips draw as they would alone
+    expected = []
+    for clip in range(4):
+        generator = torch.Generator().manual_seed(clip_seed(3407, clip))
+        torch.empty(4, 4, 4, 4).normal_(generator=generator)
+        expected.append(torch.empty(()).normal_(generator=generator).sigmoid().item())
+    assert (t[:4] / (3 - 2 * t[:4])).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_muon_takes_the_matrices_of_blocks_and_skips_and_adamw_the_rest(latents, tmp_path):
+    """Each as the library's optimizer alone; Muon's steps have Adam's size and nearly equal singular values."""
+    cfg = config(latents, tmp_path, optimizer="muon", weight_decay=0.01)
+    torch.manual_seed(0)
+    latte = create_model(cfg, torch.device("cpu"))
+    twin = copy.deepcopy(latte)
+    optimizer = create_optimizer(cfg, latte)
+    by_name = dict(twin.named_parameters())
+    matrices = [n for n, p in by_name.items() if n.split(".")[0] in ("blocks", "skip_linears") and p.ndim == 2]
+    others = [n for n, p in by_name.items() if n not in matrices and p.requires_grad]
+    assert len(matrices) == 8 * 5 + 2 and "y_embedder.embedding_table.weight" in others
+    shared = dict(lr=cfg.learning_rate, weight_decay=0.01)
+    muon = torch.optim.Muon([by_name[n] for n in matrices], adjust_lr_fn="match_rms_adamw", **shared)
+    adamw = torch.optim.AdamW([by_name[n] for n in others], fused=True, **shared)
+    before = by_name["blocks.0.mlp.fc1.weight"].detach().clone()
+    for step in range(3):
+        for model in (latte, twin):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad = torch.randn(p.shape, generator=generator)
+        set_learning_rate(optimizer, cfg, step + 1)
+        for each in (optimizer, muon, adamw):
+            each.step()
+        if step == 0:
+            update = (by_name["blocks.0.mlp.fc1.weight"] - before * (1 - 0.01 * cfg.learning_rate)).detach()
+            values = torch.linalg.svdvals(update)
+            assert values.max() / values.min() < 2.5
+            assert update.square().mean().sqrt() == pytest.approx(0.2 * cfg.learning_rate, rel=0.3)
+    for name, p in latte.named_parameters():
+        assert torch.equal(p, by_name[name]), name
+    assert {group["lr"] for group in optimizer.param_groups} == {cfg.learning_rate}
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in latte.parameters())
+
+
+def test_muon_skips_an_overflow_of_fp16(latents, tmp_path):
+    """Under a gradient scaler both parts see unscaled gradients, and neither steps on an infinite one."""
+    cfg = config(latents, tmp_path, optimizer="muon")
+    results = {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        latte = create_model(cfg, torch.device("cpu"))
+        optimizer, scaler = create_optimizer(cfg, latte), torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+        trained = [p for p in latte.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        scaler.scale(sum((p * torch.randn(p.shape, generator=generator)).sum() for p in trained)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        results[scaled] = [p.detach().clone() for p in trained]
+    assert all(map(torch.equal, *results.values()))
+    trained[0].grad.fill_(math.inf)
+    scaler.step(optimizer)
+    assert all(map(torch.equal, trained, results[True]))
+
+
+def test_a_run_is_not_continued_with_another_optimizer(latents, tmp_path):
+    for first, second in (("adamw", "muon"), ("muon", "adamw")):
+        results = tmp_path / first
+        run(latents, results, optimizer=first, max_train_steps=2)
+        with pytest.raises(UserError, match=f"has other weights, as it has other options: optimizer={first}, not"):
+            run(latents, results, optimizer=second, resume_from_checkpoint=next(results.iterdir()))
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_flow_with_muon_equal_one(latents, tmp_path):
+    """To 1e-3: Muon's products are in bf16, which magnifies the last bit of a gradient's sum."""
+    options = FLOW | dict(optimizer="muon", min_snr=5.0)
+    run(latents, tmp_path / "one", **{**SHARED, **options, "local_batch_size": 4, "max_train_steps": 12})
+    finish(torchrun(latents, tmp_path / "two", **options, max_train_steps=12))
+    assert_equal(newest(tmp_path / "two"), newest(tmp_path / "one"), tolerance=1e-3)
+
+
 def test_stale_features_train_cached_steps_and_change_no_other_draw(latents, tmp_path):
     """Half of the clips have a noisier deep feature; the run resumes exactly; a share of 0 is the plain run."""
     seen = []
@@ -170,7 +291,7 @@ def test_stale_features_train_cached_steps_and_change_no_other_draw(latents, tmp
 
     plain = []
 
-    def losses_of(model, x, t, kwargs, noise):
+    def losses_of(model, x, t, kwargs, noise, min_snr):
         plain.append((t, kwargs["y"]))
         return {"loss": t.float()}
 

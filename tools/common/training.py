@@ -141,6 +141,46 @@ def create_model(cfg: TrainConfig, device: torch.device) -> Latte:
     return latte
 
 
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for other parameters, as one optimizer.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv:2502.16982), so both take the same learning rate.
+    """
+
+    def __init__(self, matrices: list[Tensor], others: list[Tensor], learning_rate: float, weight_decay: float):
+        muon = torch.optim.Muon(matrices, learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = muon, torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=True)
+        super().__init__([*matrices, *others], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
+        self._share_groups()
+
+
+def create_optimizer(cfg: TrainConfig, latte: Latte) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that are trained."""
+    trained = {name: p for name, p in latte.named_parameters() if p.requires_grad}
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(trained.values(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    inner = ("blocks.", "skip_linears.")
+    matrices = {name: p for name, p in trained.items() if p.ndim == 2 and name.startswith(inner)}
+    others = [p for name, p in trained.items() if name not in matrices]
+    return MuonAdamW(list(matrices.values()), others, cfg.learning_rate, cfg.weight_decay)
+
+
 def is_trained(cfg: TrainConfig, name: str, parameter: Tensor) -> bool:
     """Whether `train_only` lets a parameter of the model be trained; the position embeddings never are."""
     return parameter.requires_grad and TRAINABLE[cfg.train_only](name)
