@@ -427,6 +427,7 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
     run(monkeypatch, calibrate, *command)
     text = (out / "calibrate.md").read_text()
     assert all(f" {kind} |" in text for kind in ("plain", "fitted", "fitted+cached", "fitted+unguided"))
+    json.loads((out / "recipe-50.json").read_text(), parse_constant=pytest.fail)  # no NaN, which is no JSON
     recipe = load_recipe(out / "recipe-50.json")
     chosen = next(row for row in recipe.table if row["chosen"])
     assert chosen["share"] <= 0.5 and len(recipe.table) >= 7 and recipe.reference["num_sampling_steps"] == 6

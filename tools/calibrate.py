@@ -71,7 +71,7 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
                 "sampler": f"**{row['sampler']}**" if row["chosen"] else row["sampler"],
                 "kind": row["kind"],
                 "MACs": f"{row['share']:.1%}",
-                "calibration": "" if math.isnan(row["calibration"]) else f"{row['calibration']:.4f}",
+                "calibration": "" if row["calibration"] is None else f"{row['calibration']:.4f}",
             }
             for key, name, digits in (
                 ("l2_geometric", "held out", 4),

@@ -296,14 +296,8 @@ class Calibration:
         best = {c.kind: c for c in sorted(errors, key=lambda c: errors[c], reverse=True)}  # of each kind
         finalists = [c for c in errors if c.kind == "plain" or c is best[c.kind] or c is chosen]
         self.measure_all([*rivals, *finalists], self.held_out, f"{percent(budget)} %, held-out seeds")
-        table = rows(
-            self.results,
-            {**dict.fromkeys(rivals, math.nan), **errors},
-            self.held_out,
-            chosen,
-            self.reference.macs,
-        )
-        return chosen, table
+        errors = {**dict.fromkeys(rivals), **errors}
+        return chosen, rows(self.results, errors, self.held_out, chosen, self.reference.macs)
 
 
 def percent(budget: float) -> str:

@@ -210,7 +210,11 @@ class Results:
 
 
 def rows(
-    results: Results, errors: dict[Candidate, float], seeds: Sequence[int], chosen: Candidate, reference_macs: int
+    results: Results,
+    errors: dict[Candidate, float | None],
+    seeds: Sequence[int],
+    chosen: Candidate,
+    reference_macs: int,
 ) -> list[dict[str, Any]]:
     """A row for each candidate: cost, error on the calibration seeds, and what was measured on the held-out `seeds`.
 
@@ -219,7 +223,7 @@ def rows(
     seeds, which favours it.
 
     Args:
-        errors: candidate -> error on calibration seeds, nan where it was not measured.
+        errors: candidate -> error on calibration seeds; None: not measured there.
     """
     held_out = [candidate for candidate in errors if results.values(candidate, "l2", seeds)]
     rivals = [c for c in held_out if c.kind == "plain"] or [c for c in held_out if c.kind == "interval"]
