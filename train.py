@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -38,7 +38,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from datasets import ClipSampler, class_changes, get_dataset, load_batches
 from datasets.latents import check_latents
 from diffusion import Diffusion, make_diffusion
-from models import model_dimensions
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import save_checkpoint
 from models.hardware import local_device
@@ -277,7 +276,6 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(TrainConfig, args.config, args.overrides)
     training.check_training_options(cfg)
-    cfg = replace(cfg, in_channels=model_dimensions(cfg)["in_channels"])  # as the run's config.yaml has it
     if not args.dry_run:
         train(cfg)
     elif cli.rank() == 0:

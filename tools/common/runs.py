@@ -18,12 +18,13 @@ from models.checkpoint import save_checkpoint
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Options that may change between a run and its continuation: they do not change what is learned. The exception is
-# max_train_steps, where lr_schedule ends: the learning rate continues as if it had been the new one from the start.
+# Options that may change between a run and its continuation: they do not change what is learned (`vae` decides
+# in_channels). The exception is max_train_steps, where lr_schedule ends: the learning rate continues as if it had been
+# the new one from the start.
 INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
-    "use_compile", "attention_mode", "max_bad_steps", "max_bad_fraction",
+    "use_compile", "attention_mode", "in_channels", "max_bad_steps", "max_bad_fraction",
     "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips", "log_snrs",
     "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache", "recipe", "recipe_anyway",
 }  # fmt: skip
