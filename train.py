@@ -24,9 +24,10 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from datasets import ClipSampler, class_changes, get_dataset, load_batches
+from datasets import ClipSampler, get_dataset, load_batches
 from datasets.latents import check_latents
 from diffusion import Diffusion, make_diffusion
 from models.autoencoder import LatentCodec, load_codec
@@ -59,32 +60,24 @@ class TrainState:
     consumed: int = 0  # clips of all processes so far
 
 
-def restore(state: TrainState, cfg: TrainConfig, log: runs.RunLog, classes: Sequence[str] | None) -> bool:
-    """Loads the newest resume state of the run into `state`; returns False if the run has none.
-
-    Args:
-        classes: the names of the classes now, which must be those of the run.
-    """
-    saved = runs.load_state(log)
-    if classes and saved.get("classes") and (changes := class_changes(saved["classes"], classes)):
-        advice = "rename the folders back, or start anew with resume_from_checkpoint=no"
-        raise UserError(f"data_path: the classes are no longer those of {log.run}: {changes}; {advice}")
-    log.rewind(saved.get("step", 0))
-    if not saved:
-        return False
+def restore(state: TrainState, saved: dict[str, Any], cfg: TrainConfig, run: Path) -> None:
+    """Copies a resume state of `run`, from `runs.load_state`, into `state`."""
     try:
         state.latte.load_state_dict(saved["model"])
         state.ema.load_state_dict(saved["ema"])
         state.optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, RuntimeError, ValueError):  # names, shapes, another number of trained weights, another optimizer
-        if not (differ := runs.compare_options(log.run, cfg)):
+        if not (differ := runs.compare_options(run, cfg)):
             raise
-        message = f"resume_from_checkpoint: {log.run} has other weights, as it has other options: {differ}"
+        message = f"resume_from_checkpoint: {run} has other weights, as it has other options: {differ}"
         raise UserError(message) from None
+    for part in getattr(state.optimizer, "parts", [state.optimizer]):
+        for values in part.state.values():
+            for name, value in values.items():
+                values[name] = value.clone()  # on a CPU, the optimizer has taken the tensors that lie in the file
     if state.scaler and saved.get("scaler"):
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.consumed, state.meter.losses = saved["step"], saved["consumed"], saved["losses"]
-    return True
 
 
 def save(
@@ -176,7 +169,7 @@ def train(cfg: TrainConfig) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     torch.manual_seed(cfg.global_seed)  # the same first weights on every rank
 
-    # Data, VAE, model
+    # Data and VAE
     notes: list[str] = []  # for the log, which opens below
     dataset = get_dataset(cfg, say=notes.append)
     training.check_same_clips(dataset)
@@ -185,11 +178,26 @@ def train(cfg: TrainConfig) -> None:
         check_latents(cfg, codec.fingerprint())
     encoder = None if cfg.latents_path else codec  # None: the batches hold moments
     diffusion = make_diffusion(cfg)
-    latte = training.create_model(cfg, device)
-    trained = [p for p in latte.parameters() if p.requires_grad]
     num_forwards = cfg.gradient_accumulation_steps
     forward_clips = cfg.local_batch_size * world  # those of all processes
     step_clips = forward_clips * num_forwards
+
+    # The run, continued or new, and its batches: workers start while there is no model that they would hold copies of
+    log = runs.open_run(cfg, rank)
+    for note in notes:
+        log.print(note)
+    saved = runs.load_state(log, dataset.classes)
+    stop = training.StopSignal()
+    sampler = ClipSampler(len(dataset), forward_clips, rank, world, cfg.global_seed, start=saved.get("consumed", 0))
+    loading = dict(timeout=cfg.loader_timeout, stopping=lambda: stop.noted, ranks_here=cli.local_world_size())
+    loading["pin_memory"] = device.type == "cuda"
+    if is_main:
+        loading["say"] = log.print  # of unusable files; the other ranks' go to stderr
+    batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction, **loading)
+
+    # Model
+    latte = training.create_model(cfg, device)
+    trained = [p for p in latte.parameters() if p.requires_grad]
     state = TrainState(
         latte=latte,
         ema=AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)),
@@ -197,78 +205,78 @@ def train(cfg: TrainConfig) -> None:
         scaler=accelerator.scaler,
         meter=training.Meter(step_clips, cfg.max_train_steps),
     )
-
-    # The run: continued, or new
-    log = runs.open_run(cfg, rank)
     cfg = training.settle_statistics(cfg, log, dataset, codec, device)
-    if not restore(state, cfg, log, dataset.classes):
+    if saved:
+        restore(state, saved, cfg, log.run)
+        del saved
+    else:
         if cfg.pretrained:
             training.start_from_pretrained(latte, cfg, diffusion, encoder, dataset, log)
         state.ema.update_parameters(latte)  # the first update copies
+    log.rewind(state.step)
     if cfg.use_compile:
         for block in latte.blocks:  # one by one: all spatial blocks share a graph, and so do all temporal ones
             block.compile(fullgraph=True)  # in place: the names of the weights stay
     trainee = StaleFeatures(latte, cfg.cache.depth) if cfg.stale_features else latte
     model, state.optimizer = accelerator.prepare(trainee, state.optimizer)
-
-    # Batches
     validation = training.validation_batch(cfg, codec, diffusion, device) if is_main and cfg.validation_every else None
-    sampler = ClipSampler(len(dataset), forward_clips, rank, world, cfg.global_seed, start=state.consumed)
-    loading = dict(pin_memory=device.type == "cuda", worker_init_fn=training.ignore_signals)
-    if is_main:
-        loading["say"] = log.print  # of unusable files; the other ranks' go to stderr
-    batches = load_batches(dataset, sampler, cfg.num_workers, cfg.max_bad_fraction, **loading)
 
     log.print(
         f"{log.run}: {sum(p.numel() for p in trained):,} weights to train, {len(dataset):,} clips, "
         f"{step_clips} a step, steps {state.step + 1} to {cfg.max_train_steps}"
     )
-    for note in notes:
-        log.print(note)
     if state.step >= cfg.max_train_steps:
         log.print("this run is finished: raise max_train_steps to go on, or start anew with resume_from_checkpoint=no")
-    stop, guard = training.StopSignal(), training.StepGuard(cfg.max_bad_steps, state.scaler, log)
+    guard = training.StepGuard(cfg.max_bad_steps, state.scaler, log)
+
+    def save_last_step() -> None:
+        if is_main and state.step > runs.last_saved_step(log.run) and not guard.bad_steps:
+            save(state, cfg, log, dataset.classes, checkpoint=False)
+
     state.meter.start(state.step)
-    for step in range(state.step + 1, cfg.max_train_steps + 1):
-        # Forward and backward
-        loss = torch.zeros((), device=device)
-        for forward in range(num_forwards):
-            first, last = state.consumed + rank * cfg.local_batch_size, forward == num_forwards - 1
-            with nullcontext() if last else accelerator.no_sync(model):  # the ranks' gradients meet in the last one
-                share = clip_losses(model, diffusion, encoder, next(batches), first, cfg, device).mean() / num_forwards
-                accelerator.backward(share)
-            loss += share.detach()
-            state.consumed += forward_clips
-        norm = accelerator.clip_grad_norm_(trained, cfg.clip_max_norm if step >= cfg.start_clip_iter else math.inf)
-        metrics = torch.stack([loss, norm, torch.tensor(float(stop.noted), device=device)])
-        loss, norm, stopping = accelerator.reduce(metrics, "mean").tolist()  # alike on all ranks; waits for the device
+    with stop, closing(batches), training.ending_whole(stop, log, save_last_step):
+        for step in range(state.step + 1, cfg.max_train_steps + 1):
+            # Forward and backward
+            loss = torch.zeros((), device=device)
+            for forward in range(num_forwards):
+                first, last = state.consumed + forward * forward_clips, forward == num_forwards - 1
+                first += rank * cfg.local_batch_size
+                batch = next(batches)
+                with nullcontext() if last else accelerator.no_sync(model):  # the ranks' gradients meet in the last one
+                    share = clip_losses(model, diffusion, encoder, batch, first, cfg, device).mean() / num_forwards
+                    accelerator.backward(share)
+                loss += share.detach()
+            norm = accelerator.clip_grad_norm_(trained, cfg.clip_max_norm if step >= cfg.start_clip_iter else math.inf)
+            metrics = torch.stack([loss, norm, torch.tensor(float(stop.noted), device=device)])
+            loss, norm, stopping = accelerator.reduce(metrics, "mean").tolist()  # alike on all ranks; waits for them
 
-        # Update
-        lr = training.set_learning_rate(state.optimizer, cfg, step)
-        if guard.accepts(step, loss, norm):
-            state.optimizer.step()
-            state.ema.update_parameters(latte)
-            state.meter.losses.append(loss)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step = step
+            # Update
+            lr = training.set_learning_rate(state.optimizer, cfg, step)
+            if guard.accepts(step, loss, norm):
+                state.optimizer.step()
+                state.ema.update_parameters(latte)
+                state.meter.losses.append(loss)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step, state.consumed = step, state.consumed + step_clips
 
-        # Report
-        finished = step == cfg.max_train_steps
-        if step % cfg.log_every == 0 or finished:
-            log.report(step, epoch=state.consumed / len(dataset), gradient_norm=norm, lr=lr, **state.meter.read(step))
-        with accelerator.autocast():
-            if validation and step % cfg.validation_every == 0:
-                log.report(step, **training.validate(state.ema.module, diffusion, validation, cfg.log_snrs))
-            if is_main and cfg.preview_every and step % cfg.preview_every == 0:
-                training.preview(log.run / "previews", step, state.ema.module, cfg, codec, device)
+            # Report
+            finished = step == cfg.max_train_steps
+            if step % cfg.log_every == 0 or finished:
+                epoch, speed = state.consumed / len(dataset), state.meter.read(step)
+                log.report(step, epoch=epoch, gradient_norm=norm, lr=lr, **speed)
+            with accelerator.autocast():
+                if validation and step % cfg.validation_every == 0:
+                    log.report(step, **training.validate(state.ema.module, diffusion, validation, cfg.log_snrs))
+                if is_main and cfg.preview_every and step % cfg.preview_every == 0:
+                    training.preview(log.run / "previews", step, state.ema.module, cfg, codec, device)
 
-        # Save
-        checkpoint = finished or (step % cfg.ckpt_every == 0 and not guard.bad_steps)  # no diverged weights
-        if is_main and (checkpoint or stopping):
-            save(state, cfg, log, dataset.classes, checkpoint)
-        if stopping:
-            log.print("stopped by a signal; the same command continues")
-            break
+            # Save
+            checkpoint = finished or (step % cfg.ckpt_every == 0 and not guard.bad_steps)  # no diverged weights
+            if is_main and (checkpoint or stopping):
+                save(state, cfg, log, dataset.classes, checkpoint)
+            if stopping:
+                log.print(stop.FAREWELL)
+                break
     accelerator.end_training()
 
 

@@ -285,6 +285,9 @@ class DataOptions:
     )
     latents_clips: int = option(8, "clips of each video that it encodes with a VAE that compresses time", least=1)
     num_workers: int = option(8, "processes that read data; 0: the training process reads", least=0)
+    loader_timeout: float = option(
+        600.0, "seconds that those processes may take for a batch before the run ends; 0: for ever", least=0
+    )
 
 
 @dataclass(kw_only=True)

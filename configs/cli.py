@@ -161,14 +161,26 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """Returns the number of processes that torchrun started on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def run(main: Callable[[], object]) -> None:
-    """Calls `main`. A `UserError` is printed as one line (exit code 2), and so is Ctrl-C (exit code 130)."""
+    """Calls `main`. A `UserError` is printed as one line (exit code 2), and so is Ctrl-C (exit code 130).
+
+    An error of a file (closed to the user, gone, on a bad disk, ...) is printed like a `UserError`.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:
+            raise
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         if rank():
             time.sleep(PATIENCE)  # torchrun ends this process once rank 0 has exited
-        print(f"error: {error}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
+        print(f"error: {message}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if not rank():

@@ -1,9 +1,11 @@
 """Atomic writes, hashes and locks of files, and comparison of the settings that two runs recorded."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -15,6 +17,9 @@ from configs.errors import UserError
 T = TypeVar("T")
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which replaces `path` if the block succeeds.
@@ -22,19 +27,39 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The folder is created if need be.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # the suffix hides it from glob("*.mp4")
+    with telling_full_disks(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_full_disks(path: Path) -> Iterator[None]:
+    """Raises UserError if the block, which writes `path`, fails because the disk is full or cannot be written."""
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:  # torch and safetensors wrap the error of the system
+        texts = f"{error} {error.__context__}"
+        if not (reason := next((reason for reason in map(os.strerror, DISK_ERRORS) if reason in texts), None)):
+            raise
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        raise UserError(f"{path} cannot be written: {reason} ({free / 2**30:.2f} GiB free on that disk)") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to a file atomically."""
+    """Writes `text` to a file atomically. Names of files that are not UTF-8 are escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends `text` to a file. Names of files that are not UTF-8 are escaped."""
+    with telling_full_disks(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 def write_json(path: str | Path, record: Any) -> None:
@@ -87,6 +112,8 @@ def check_writable(cfg: Any, key: str, folder: bool = False) -> None:
     if nearest.is_dir() != (folder or nearest != path):
         there, wanted = ("folder", "file") if nearest.is_dir() else ("file", "folder")
         raise UserError(f"{key}: {nearest} is a {there}, where a {wanted} is to be written: choose another path")
+    if not os.access(nearest if nearest.is_dir() else nearest.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: nothing can be written in {nearest}: choose another path, or change its rights")
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

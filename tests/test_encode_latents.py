@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs import ROOT, UserError, files
+from configs import ROOT, UserError
+from configs.files import file_hash
 from datasets.clips import class_folders, survey
 from datasets.latents import SUFFIX
 from datasets.readers import read_video
@@ -109,7 +110,7 @@ def test_content_is_compared_where_asked(options, tmp_path, monkeypatch, capsys)
     first, (one, two) = written(tmp_path / "out"), sorted((tmp_path / "videos/Box").iterdir())
     os.utime(one, (1, 1))
     replace_video(two, keep_time=True)
-    files._file_hash.cache_clear()  # the next run is another process
+    monkeypatch.setattr(program, "file_hash", file_hash.__wrapped__)  # the next run is another process
     run(monkeypatch, options, "--compare-content", "max_bad_fraction=0.5")
     assert encoded_again(first, tmp_path / "out") == []
     assert written(tmp_path / "out").keys() == first.keys() - {f"Box/{two.name}.safetensors"}

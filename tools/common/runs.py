@@ -2,8 +2,10 @@
 
 import json
 import math
-import pickle
+import re
 import time
+import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from configs import TrainConfig, UserError, absolute_path, load_config, to_yaml
-from configs.files import check_writable, differences, lock, write_text
+from configs.files import append_text, check_writable, differences, lock, write_text
+from datasets import class_changes
 from models.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
@@ -23,11 +26,15 @@ if TYPE_CHECKING:
 # the new one from the start.
 INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
-    "num_workers", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames", "gradient_checkpointing",
-    "use_compile", "attention_mode", "in_channels", "max_bad_steps", "max_bad_fraction",
+    "num_workers", "loader_timeout", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames",
+    "gradient_checkpointing", "use_compile", "attention_mode", "in_channels", "max_bad_steps",
+    "max_bad_fraction",
     "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips", "log_snrs",
     "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache", "recipe", "recipe_anyway",
 }  # fmt: skip
+
+
+STATE = {"step", "model", "ema", "optimizer", "consumed", "losses"}  # what a resume state holds at least
 
 
 class RunLog:
@@ -58,16 +65,14 @@ class RunLog:
         if not self.rank:
             line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
             print(line, flush=True)
-            with (self.run / "log.txt").open("a") as file:
-                file.write(line + "\n")
+            append_text(self.run / "log.txt", line + "\n")
 
     def report(self, step: int, **metrics: float) -> None:
         """Writes the metrics of a step: a line of text, a line of `log.jsonl`, and TensorBoard's scalars."""
         if self.rank:
             return
         self.print("  ".join([f"step {step}", *(f"{name} {value:.5g}" for name, value in metrics.items())]))
-        with (self.run / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_text(self.run / "log.jsonl", json.dumps({"step": step, **metrics}) + "\n")
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
 
@@ -111,8 +116,8 @@ def create_run(cfg: TrainConfig) -> Path:
     check_writable(cfg, "results_dir", folder=True)
     root = Path(cfg.results_dir)
     root.mkdir(parents=True, exist_ok=True)
-    index = max((int(path.name.split("-")[0]) for path in root.glob("[0-9][0-9][0-9]*-*")), default=-1) + 1
-    run = root / f"{index:03d}-{_model_and_dataset(cfg)}"
+    numbers = [int(found[1]) for path in root.iterdir() if (found := re.match(r"(\d{3,})-", path.name))]
+    run = root / f"{max(numbers, default=-1) + 1:03d}-{_model_and_dataset(cfg)}"
     run.mkdir()
     write_text(run / "config.yaml", to_yaml(cfg))
     return run
@@ -139,7 +144,7 @@ def compare_options(run: Path, cfg: TrainConfig) -> str:
 
 def resume_states(run: Path) -> list[Path]:
     """The files of resume states in a run folder, oldest first; a file's stem is its step."""
-    return sorted((run / "resume").glob("*.pt"))
+    return sorted(path for path in (run / "resume").glob("*.pt") if path.stem.isdecimal())
 
 
 def last_saved_step(run: Path | None) -> int:
@@ -156,21 +161,53 @@ def save_state(run: Path, step: int, keep: int, **state: Any) -> None:
         path.unlink()
 
 
-def load_state(log: RunLog) -> dict[str, Any]:
-    """The newest readable resume state of the run, the same on every rank; empty if there is none."""
-    state: dict[str, Any] = {}
-    for path in reversed(resume_states(log.run)):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            break
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            log.print(f"passed over {path}, which cannot be read ({str(error).splitlines()[0]})")
-    step = state.get("step", 0)
-    if broadcast_object_list([step])[0] != step:
-        raise UserError(
-            f"results_dir: process {log.rank} does not see the resume states in {log.run} that process 0 sees"
-        )
+def load_state(log: RunLog, classes: Sequence[str] | None) -> dict[str, Any]:
+    """The newest readable resume state of the run, the same on every rank; empty if there is none.
+
+    Its tensors lie in the file, whose pages all processes of a machine share; they take memory as they are copied.
+
+    Args:
+        classes: the names of the classes now, which must be those of the run.
+
+    Raises:
+        UserError: the classes are others, or no state can be read.
+    """
+    path = broadcast_object_list([None if log.rank else _newest_readable(log)])[0]
+    if path is None:
+        return {}
+    try:
+        state = _map_state(path)
+    except OSError:
+        where = f"process {log.rank} does not see the resume states in {log.run} that process 0 sees"
+        raise UserError(f"results_dir: {where}") from None
+    if classes and state.get("classes") and (changes := class_changes(state["classes"], classes)):
+        advice = "rename the folders back, or start anew with resume_from_checkpoint=no"
+        raise UserError(f"data_path: the classes are no longer those of {log.run}: {changes}; {advice}")
     return state
+
+
+def _newest_readable(log: RunLog) -> Path | None:
+    """The newest resume state that is whole; None if the run has none at all."""
+    states = resume_states(log.run)
+    for path in reversed(states):
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # reads the whole file, as mapping it checks nothing
+            missing = ", ".join(sorted(STATE - _map_state(path).keys()))
+            reason = f"{damaged} is damaged" if damaged else f"no {missing} in it" if missing else ""
+        except Exception as error:  # which a damaged file, or one of another kind, can raise depends on its bytes
+            reason = str(error).splitlines()[0]
+        if not reason:
+            return path
+        log.print(f"passed over {path}, which cannot be read ({reason})")
+    if states:
+        ways = "resume_from_checkpoint=no starts anew, and pretrained= from weights in checkpoints/"
+        raise UserError(f"none of the resume states in {log.run}/resume can be read: {ways}")
+    return None
+
+
+def _map_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _step_of(line: str) -> float:

@@ -5,10 +5,14 @@ Letters: B clips of a process, F frames, C channels of the latents.
 
 import hashlib
 import math
+import multiprocessing
+import os
 import resource
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -26,6 +30,7 @@ from datasets import class_changes, collate, get_dataset
 from datasets.clips import class_folders
 from datasets.joint import WithStills
 from datasets.latents import have_statistics
+from datasets.loader import STOP_SIGNALS, Interrupted, LoaderError
 from diffusion import Diffusion, make_diffusion
 from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, vae_file
@@ -39,7 +44,7 @@ from sample.plans import UNCACHED, Plan, make_plan
 from tools.common import runs
 
 MEASURED_CLIPS = 128  # by `measure_statistics`
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0  # seconds in which torchrun may hand on a signal that its processes have received, too
 TRAINABLE: dict[str, Callable[[str], bool]] = {  # train_only -> whether a parameter is trained
     "all": lambda name: True,
     "skip": lambda name: name.startswith("skip_"),
@@ -335,21 +340,60 @@ class Meter:
 
 
 class StopSignal:
-    """Notes that this process was asked to end (SIGTERM, Ctrl-C): the ranks agree on a step, and save first."""
+    """Notes that this process was asked to end (SIGTERM, Ctrl-C): the ranks agree on a step, and save first.
+
+    A second signal ends the process at once, whatever it does: a thread sees the signals that `signal` writes to a
+    pipe, also while the main thread is in a library.
+    """
+
+    FAREWELL = "stopped by a signal; the same command continues"
 
     def __init__(self) -> None:
         self.noted = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self.pipe = os.pipe()
+        os.set_blocking(self.pipe[1], False)
+        self.wakeup = signal.set_wakeup_fd(self.pipe[1])
+        threading.Thread(target=self._end_at_second, args=(self.pipe[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.pipe[1])  # ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = True
 
+    def _end_at_second(self, pipe: int) -> None:
+        first, echo = math.inf, ECHO if cli.world_size() > 1 else 0.0
+        while byte := os.read(pipe, 1):
+            if byte[0] in STOP_SIGNALS:
+                now = time.monotonic()
+                if now - first > echo:
+                    for child in multiprocessing.active_children():
+                        child.kill()
+                    os.write(2, b"ended at once by a second signal\n")
+                    os._exit(128 + byte[0])
+                first = min(first, now)
+        os.close(pipe)
 
-def ignore_signals(worker: int) -> None:
-    """The first call of a data worker: torchrun and terminals signal it, too, but the training must still save."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+
+@contextmanager
+def ending_whole(stop: StopSignal, log: runs.RunLog, save_last_step: Callable[[], None]) -> Iterator[None]:
+    """If batches do not come, or another process has left, saves the last step; that is no error after a signal."""
+    try:
+        yield
+    except (Interrupted, LoaderError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (stop.noted and cli.world_size() > 1):
+            raise  # no other process left
+        save_last_step()
+        if not stop.noted:
+            raise
+        log.print(stop.FAREWELL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
