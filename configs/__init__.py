@@ -13,8 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-
 from configs.errors import UserError, choice, suggest_option
 from configs.original import translate
 from configs.values import nest, parse, read_yaml, write_yaml
@@ -421,6 +419,8 @@ def require_path(config: Any, key: str, folder: bool | None = None) -> Path:
 
 def _read_file(path: str | Path) -> dict[str, Any]:
     """Returns the text of the values in a YAML file, with ${...} resolved."""
+    from omegaconf import OmegaConf  # here: the models run where it is not installed
+
     path = Path(path)
     if not path.is_file():
         near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1, cutoff=0)

@@ -50,14 +50,21 @@ def _sizes(dimensions: dict[str, Any]) -> _Sizes:
     )
 
 
-def step_macs(options: ModelOptions, depth: int = 1) -> StepMacs:
-    """Returns the MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`."""
-    B, D, H, F, T, P, outputs, num_skips = _sizes(model_dimensions(options))
-    tokens = F * T
-    block = 6 * D * D + tokens * (4 * D * D + 2 * D * H)  # modulation; qkv, projection and MLP
-    layer = 2 * block + 2 * tokens * (T + F) * D  # of spatial and of temporal attention: q k' and a v
-    merge = tokens * 2 * D * D  # of a skip branch
-    ends = tokens * P * D + NUM_FREQUENCIES * D + D * D + 2 * D * D + tokens * D * outputs
+def step_macs(options: ModelOptions, depth: int = 1, stills: int = 0) -> StepMacs:
+    """Returns the MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`.
+
+    Args:
+        stills: still images of a clip, in training: temporal blocks pass them by, and each has a label of its own.
+    """
+    dimensions = model_dimensions(options)
+    B, D, H, F, T, P, outputs, num_skips = _sizes(dimensions)
+    frames = F + stills
+    rows = frames if stills and dimensions["num_classes"] is not None else 1  # of conditioning, in spatial blocks
+    dense = 4 * D * D + 2 * D * H  # of a token: qkv, projection and MLP
+    spatial = 6 * D * D * rows + frames * T * (dense + 2 * T * D)  # modulation; dense; q k' and a v
+    temporal = 6 * D * D + F * T * (dense + 2 * F * D)
+    layer, merge = spatial + temporal, frames * T * 2 * D * D
+    ends = frames * T * (P + outputs) * D + NUM_FREQUENCIES * D + D * D + 2 * D * D * rows
     return StepMacs(
         full=ends + B // 2 * layer + num_skips * merge,
         cached=ends + 2 * depth * layer + min(depth, num_skips) * merge,

@@ -18,6 +18,7 @@ Letters: B batch, F frames, T tokens of a frame, D width, L layers.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +177,7 @@ def check_cache_depth(num_layers: int, depth: int) -> None:
         raise UserError(f"cache.depth: {depth} is outside 1 ... {num_layers // 2}, half of the model's layers")
 
 
-def compile_steps() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+def compile_steps(backend: str = "inductor") -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
     """Returns `(full_step, cached_step)`, each compiled as one graph; the plan is not part of a graph."""
-    return torch.compile(full_step, fullgraph=True), torch.compile(cached_step, fullgraph=True)
+    compiled = partial(torch.compile, fullgraph=True, backend=backend)
+    return compiled(full_step), compiled(cached_step)

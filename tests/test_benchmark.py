@@ -31,6 +31,9 @@ def test_the_original_way_computes_the_same_and_leaves_the_model_as_it_was():
     x, t, y = torch.randn(2, 16, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([0, 5])
     ours = model(x, t, y)
     torch.testing.assert_close(run_as_original(model, x, t, y), ours, rtol=1e-5, atol=1e-5)
+    joint = torch.randn(2, 18, 4, 4, 4), t, y, torch.tensor([[1, 2], [5, 0]])  # two stills a clip
+    torch.testing.assert_close(run_as_original(model, *joint), model(*joint), rtol=1e-5, atol=1e-5)
+    model.set_attention("math")
     assert torch.equal(model(x, t, y), ours)
 
 
@@ -59,12 +62,13 @@ def test_sampling_report_has_every_way_and_its_share_of_the_matmul_rate(monkeypa
 
 
 def test_training_report_has_every_way_and_checkpointing_needs_less_memory(monkeypatch, tmp_path, capsys):
-    run(monkeypatch, "training", *TINY, "local_batch_size=2", "runs=1", f"output={tmp_path}/report.json")
+    stills = ["dataset=ucf101_img", "use_image_num=2"]
+    run(monkeypatch, "training", *TINY, *stills, "local_batch_size=2", "runs=1", f"output={tmp_path}/report.json")
     ways = json.loads((tmp_path / "report.json").read_text())["ways"]
     assert {"original, fp32", "fp32", "fp32, checkpointing"} <= set(ways)
     assert ways["fp32, checkpointing"]["peak_bytes"] < 0.7 * ways["fp32"]["peak_bytes"]
     assert ways["original, fp32"]["speedup"] == 1 and all(way["seconds"] > 0 for way in ways.values())
-    assert "2 x (16, 4, 4, 4) latents" in capsys.readouterr().out
+    assert "2 x (18, 4, 4, 4) latents" in capsys.readouterr().out
 
 
 def test_options_that_no_training_has_are_one_line(monkeypatch):

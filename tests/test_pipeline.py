@@ -161,6 +161,18 @@ def test_step_macs():
     assert sum(p.numel() for p in model.parameters()) == 692_732_192
 
 
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_macs_with_stills(num_classes):
+    """Stills pass by the temporal blocks, and with classes each has a row of conditioning of its own."""
+    cfg = SampleConfig(model="Latte-S/4-skip", image_size=64, num_frames=4, num_classes=num_classes)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = get_models(cfg)
+        model.set_attention("math")
+        labels = {} if num_classes is None else dict(y=torch.empty(2).long(), y_image=torch.empty(2, 3).long())
+        model(torch.empty(2, 4 + 3, 4, 8, 8), torch.empty(2), **labels)
+    assert 2 * step_macs(cfg, stills=3).full == counter.get_total_flops() // 2
+
+
 def count(model: Latte, depth: int) -> tuple[int, int]:
     """MACs of a full and of a cached step by torch's flop counter, on the meta device with plain-maths attention."""
     model.set_attention("math")  # the counter cannot see into the fused kernel

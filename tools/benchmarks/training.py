@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import to_yaml
+from configs import TrainConfig, to_yaml
 from diffusion import Diffusion, make_diffusion
 from models import model_dimensions
 from models.hardware import default_device, describe_machine, fastest_attention, has_bf16_units
@@ -18,7 +18,6 @@ from models.latte import Latte
 from models.macs import count_parameters
 from tools.benchmarks.options import TrainingBenchmark
 from tools.benchmarks.turns import run_as_original, time_steps
-from tools.common.training import check_training_options, create_model
 
 
 def describe(cfg: TrainingBenchmark) -> str:
@@ -27,9 +26,11 @@ def describe(cfg: TrainingBenchmark) -> str:
     Raises:
         UserError: options that no training can have.
     """
+    from tools.common.training import check_training_options  # here and below: it imports what reads videos
+
     check_training_options(cfg)
-    keys = ("num_frames", "in_channels", "input_size", "input_size")
-    latents = tuple(model_dimensions(cfg)[key] for key in keys)
+    d = model_dimensions(cfg)
+    latents = (d["num_frames"] + cfg.use_image_num, d["in_channels"], d["input_size"], d["input_size"])
     work = f"on {cfg.local_batch_size} x {latents} latents"
     return f"a training step of {cfg.model}, {count_parameters(cfg):,} parameters, {work}"
 
@@ -48,6 +49,8 @@ def benchmark(cfg: TrainingBenchmark) -> dict[str, Any]:
 
 def make_ways(cfg: TrainingBenchmark, device: torch.device) -> dict[str, Callable[[], None]]:
     """For each type: the original's way, ours, and ours with gradient checkpointing."""
+    from tools.common.training import create_model
+
     original, ours = create_model(cfg, device), create_model(cfg, device)
     if cfg.use_compile:
         for block in ours.blocks:
@@ -68,12 +71,16 @@ def make_ways(cfg: TrainingBenchmark, device: torch.device) -> dict[str, Callabl
     return ways
 
 
-def random_batch(cfg: TrainingBenchmark, latte: Latte, diffusion: Diffusion, device: torch.device) -> dict[str, Any]:
-    """Arguments of `training_losses`: clips without stills."""
-    B = cfg.local_batch_size
-    x, noise = torch.randn(2, B, latte.num_frames, latte.in_channels, latte.input_size, latte.input_size, device=device)
+def random_batch(cfg: TrainConfig, latte: Latte, diffusion: Diffusion, device: torch.device) -> dict[str, Any]:
+    """Arguments of `training_losses`: random latents with random labels, stills included."""
+    B, K, size = cfg.local_batch_size, cfg.use_image_num, latte.input_size
+    x, noise = torch.randn(2, B, latte.num_frames + K, latte.in_channels, size, size, device=device)
     t = torch.randint(diffusion.num_timesteps, (B,), device=device)
-    labels = {} if cfg.num_classes is None else {"y": torch.randint(cfg.num_classes, (B,), device=device)}
+    labels = {}
+    if cfg.num_classes is not None:
+        labels["y"] = torch.randint(cfg.num_classes, (B,), device=device)
+        if K:
+            labels["y_image"] = torch.randint(cfg.num_classes, (B, K), device=device)
     return dict(x_start=x, t=t, model_kwargs=labels, noise=noise)
 
 

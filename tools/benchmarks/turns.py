@@ -70,7 +70,7 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def run_as_original(latte: Latte, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+def run_as_original(latte: Latte, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """The output of `latte`, computed as the original does.
 
     The attention is plain maths, and the conditioning is repeated to one row a sequence before each adaLN linear layer.
@@ -79,16 +79,17 @@ def run_as_original(latte: Latte, x: Tensor, t: Tensor, y: Tensor | None = None)
     for block in latte.blocks:
         block.forward = partial(_original_block, block)
     try:
-        return latte(x, t, y)
+        return latte(*args, **kwargs)
     finally:
         for block in latte.blocks:
             del block.forward  # the class's own again
 
 
 def _original_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
-    """x (B, G, S, D): G sequences of S tokens; c (B, 1, D) -> (B, G, S, D)."""
+    """x (B, G, S, D): G sequences of S tokens; c (B, 1 or G, D) -> (B, G, S, D)."""
     B, G = x.shape[:2]
-    x, c = x.flatten(0, 1), c.repeat_interleave(G, dim=1).flatten(0, 1)  # (B*G, S, D), (B*G, D)
+    c = c.repeat_interleave(G // c.shape[1], dim=1)  # (B, G, D); stills come with a row for each frame
+    x, c = x.flatten(0, 1), c.flatten(0, 1)  # (B*G, S, D), (B*G, D)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
     x = x + gate_a * block.attn(block.norm1(x) * (1 + scale_a) + shift_a)
     x = x + gate_m * block.mlp(block.norm2(x) * (1 + scale_m) + shift_m)
