@@ -29,7 +29,7 @@ def take_turns(ways: Mapping[str, Way], num_turns: int, measure: Callable[[Way, 
         The seconds of each way in turns 1 ... num_turns. Turn 0 warms up and does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    with tqdm(total=len(ways) * (num_turns + 1), unit="run") as bar:
+    with tqdm(total=len(ways) * (num_turns + 1), unit="run", disable=None) as bar:
         for turn in range(num_turns + 1):
             for name, way in ways.items():
                 duration = measure(way, turn)
