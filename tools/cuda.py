@@ -70,12 +70,12 @@ def main() -> None:
         raise UserError(f"{sys.executable} has no module {error.name}: see --help for what is needed") from None
 
     names = [choice("--only", name, CHECKS) for name in args.only or CHECKS]
-    at = Setting(torch.device(args.device), args.small, count_gpus())
-    if at.is_gpu and not at.num_gpus:
-        raise UserError("torch finds no GPU; --device cpu --small tries the program without one")
     if args.dry_run:
         print(f"would run {', '.join(names)} on {args.device} and write {args.output}.json and {args.output}.md")
         return
+    at = Setting(torch.device(args.device), args.small, count_gpus())
+    if at.is_gpu and not at.num_gpus:
+        raise UserError("torch finds no GPU; --device cpu --small tries the program without one")
 
     deadline, rows = time.monotonic() + TIME, []
     for name in names:
