@@ -5,7 +5,7 @@
     python tools/cuda.py --device cpu --small     # the same program at tiny sizes on a CPU
     python tools/cuda.py --only conformance seeds
 
-It needs torch 2.9 or newer, numpy, einops, safetensors, huggingface_hub, PyYAML and tqdm; no network, weights or videos.
+It needs torch 2.9 or newer, numpy, einops, safetensors, huggingface_hub, PyYAML and tqdm, but no network or weights.
 Without diffusers, the checks that use it are skipped. A failed check is a row of the table, and the exit code is 1.
 Weights are random: what is timed does not depend on them. "expected" speed-ups are the ratios of MACs. The paper's
 seconds are those of its code on an A100; whether with guidance, and in which type, it does not say.
