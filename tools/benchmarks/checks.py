@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import SampleConfig, TrainConfig
-from diffusion import Diffusion, create_diffusion, make_diffusion
+from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import linear_multistep
 from models import get_models
@@ -30,7 +30,7 @@ from models.autoencoder import LatentCodec
 from models.hardware import DTYPES, describe_machine, timed
 from models.latte import Latte
 from models.macs import step_macs
-from models.skip_cache import SkipCache, compile_steps, interval_plan
+from models.skip_cache import SkipCache, compile_steps
 from sample.distributed import distributed
 from sample.pipeline import Pipeline, resolve, sample_latents
 from sample.plans import Plan, make_plan, parse_plan, recipe_plan
@@ -109,16 +109,12 @@ def ddim_moves(diffusion: Diffusion) -> list[tuple[float, ...]]:
 
 def make_recipes(cfg: SampleConfig) -> list[Recipe]:
     """Returns two recipes of the cost and form that tools/calibrate.py finds; the coefficients are DDIM's."""
-    recipes = []
-    N = cfg.num_sampling_steps
-    for steps, interval in ((round(0.42 * N), 1), (N, 4)):
-        diffusion = make_diffusion(cfg, steps)
-        timesteps, moves, seen, made = diffusion.timestep_map[::-1], ddim_moves(diffusion), 0, []
-        for full, t, move in zip(interval_plan(timesteps, interval), timesteps, moves, strict=True):
-            seen += full
-            made.append(Step(t, feature=() if full else (1.5, -0.5)[: min(seen, 2)], move=move))
-        name = f"recipe, {steps} steps" + (f", full as in N{interval}" if interval > 1 else "")
-        recipes.append(Recipe(name, FITTED, 1, tuple(made), {"num_sampling_steps": N}, {}))
+    N, recipes = cfg.num_sampling_steps, []
+    for name, steps, cache in (("", round(0.42 * N), "uncached"), (", full as in N4", N, "N4-o1")):
+        plan = make_plan(replace(cfg, num_sampling_steps=steps), parse_plan(cache))
+        moves = ddim_moves(make_diffusion(cfg, steps))
+        made = tuple(map(partial(Step, guided=True), plan.timesteps, plan.weights, moves))
+        recipes.append(Recipe(f"recipe, {steps} steps{name}", FITTED, 1, made, {"num_sampling_steps": N}, {}))
     return recipes
 
 
@@ -159,15 +155,18 @@ def conformance(at: Setting) -> Cases:
 def no_waits(at: Setting) -> Cases:
     """The sampling loop never waits for the device; a CPU stands in with meta tensors, of which none can be read."""
     device = at.device if at.is_gpu else torch.device("meta")
-    cfg = SampleConfig(model="Latte-skip", num_classes=101, **SMALL)
-    model, diffusion = random_model(cfg, device).eval(), create_diffusion("10")
+    cfg = SampleConfig(model="Latte-skip", num_classes=101, num_sampling_steps=10, **SMALL)
+    model, diffusion, plan = (
+        random_model(cfg, device).eval(),
+        make_diffusion(cfg, 10),
+        make_plan(cfg, parse_plan("N2-o1")),
+    )
     solvers = {name: name for name in ("ddpm", "ddim", "dpmsolver++")}
     solvers["fitted"] = partial(linear_multistep, ddim_moves(diffusion))
-    plan = interval_plan(diffusion.timestep_map[::-1], 2)
 
     def loop(solver: str | Callable) -> list[Row]:
         generators = [torch.Generator(device).manual_seed(seed) for seed in range(2)] if at.is_gpu else None
-        denoiser = Guided(SkipCache(model, plan, order=1), 7.0, 101)
+        denoiser = Guided(SkipCache(model, plan.full, weights=plan.weights), 7.0, 101)
         y = torch.zeros(2, dtype=torch.long, device=device)
         steps = diffusion.sample_loop_progressive(
             denoiser, (2, 4, 4, 4, 4), None, False, {"y": y}, device, generators=generators, method=solver
