@@ -12,6 +12,7 @@ ALIASES = {  # other names of options, of the original or the same in all progra
     "num_clips": ("num_fvd_samples",),
     "seed": ("global_seed",),
     "deepcache": ("cache.interval",),
+    "budget": ("budgets",),
 }
 INERT = {  # the original's keys that have no effect here -> the reason
     "attention_bias": "attention always has a bias, as in every checkpoint",

@@ -1,6 +1,7 @@
 """Find the cheapest sampler of a checkpoint: recipes at given shares of a sampler's cost, or at a given quality.
 
     python tools/calibrate.py budgets=[0.43,0.475,0.65]                            # the demo's model
+    python tools/calibrate.py budget=0.4                   # one budget
     python tools/calibrate.py min_psnr=45                  # the cheapest recipe with that PSNR to the reference
     python tools/calibrate.py target=converged budgets=[0.16,0.24,0.32,0.4]
     python tools/calibrate.py target=ddpm-250 budgets=[0.45]
