@@ -173,7 +173,7 @@ def train(cfg: TrainConfig) -> None:
     notes: list[str] = []  # for the log, which opens below
     dataset = get_dataset(cfg, say=notes.append)
     training.check_same_clips(dataset)
-    codec = load_codec(cfg, device) if training.needs_vae(cfg) else None
+    codec = load_codec(cfg, device, need_statistics=False) if training.needs_vae(cfg) else None
     if codec and cfg.latents_path:
         check_latents(cfg, codec.fingerprint())
     encoder = None if cfg.latents_path else codec  # None: the batches hold moments

@@ -239,11 +239,14 @@ class LatentCodec:
         return result[:, 0].unflatten(0, videos.shape[:2]) if frame_by_frame else result
 
 
-def load_codec(cfg: Any, device: torch.device) -> LatentCodec:
+def load_codec(cfg: Any, device: torch.device, need_statistics: bool = True) -> LatentCodec:
     """Returns the codec of `cfg` (configs.AutoencoderOptions and ModelOptions), in fp32.
 
+    Args:
+        need_statistics: whether the latents must be normalized; training measures what is not stated.
+
     Raises:
-        UserError: there is no VAE, or its latents do not fit the model.
+        UserError: there is no VAE, its latents do not fit the model, or nothing states their statistics.
     """
     spec = vae_spec(cfg)
     if cls := own_class(cfg.vae):
@@ -257,4 +260,6 @@ def load_codec(cfg: Any, device: torch.device) -> LatentCodec:
         codec.use_own_tiles()
     if cfg.latent_mean:
         codec.normalize(cfg.latent_mean, cfg.latent_std)
+    if need_statistics and not codec.has_statistics:
+        raise UserError(f"latent_mean: {cfg.vae} states no statistics; give latent_mean and latent_std of the training")
     return codec

@@ -76,8 +76,6 @@ def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
     if cfg.recipe:
         check_recipe(cfg)
     checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
-    if not codec.has_statistics:
-        raise UserError(f"latent_mean: {cfg.vae} states no statistics; give latent_mean and latent_std of the training")
     with torch.device("meta"):  # skips initialization: the checkpoint has all weights
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import ROOT, SampleConfig, UserError
-from models.autoencoder import LatentCodec
+from models.autoencoder import LatentCodec, load_codec
 from models.vaes import KINDS, VaeSpec, config_spec, vae_spec
 
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=2)
@@ -239,3 +239,16 @@ def test_config_keys_of_published_models_are_read():
     fewer = {"_class_name": "AutoencoderVidTok", "z_channels": 4, "ch_mult": [1, 2, 4, 4], "is_causal": False}
     fewer |= {"spatial_ds": None, "tempo_ds": None}
     assert config_spec(fewer).lengths == "16k"
+
+
+def test_own_tiles_bound_what_the_vae_sees_along_time(tmp_path):
+    """LTX decodes 33 frames in tiles, where asked; a class without tiles says so."""
+    make("AutoencoderKLLTXVideo").save_pretrained(tmp_path)
+    z, seen = torch.randn(1, 9, 8, 4, 4), []
+    for tiling in (None, True):
+        codec = load_codec(SampleConfig(vae=str(tmp_path), vae_tiling=tiling), torch.device("cpu"))
+        codec.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+        assert codec.decode(z).shape == (1, 33, 3, 32, 32)
+    assert seen[0] == 9 and 1 < len(seen[1:]) and max(seen[1:]) < 9
+    with pytest.raises(UserError, match="vae_tiling: AutoencoderKLTemporalDecoder has no tiles; leave it out"):
+        LatentCodec(make("AutoencoderKLTemporalDecoder")).use_own_tiles()

@@ -190,7 +190,7 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
     Raises:
         UserError: `latents_path` holds latents made otherwise, or more than max_bad_fraction of the videos are broken.
     """
-    clips, codec = source_videos(cfg), load_codec(replace(cfg, latent_mean=None), env.device)
+    clips, codec = source_videos(cfg), load_codec(replace(cfg, latent_mean=None), env.device, need_statistics=False)
     of_clips = codec.spec.time > 1
     settings = latent_settings(cfg, of_clips) | {"encoder": codec.fingerprint()}
     env.from_first(lambda: write_record(cfg, settings, clips, codec.has_statistics))

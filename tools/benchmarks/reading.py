@@ -108,7 +108,7 @@ def make_ways(cfg: ReadingBenchmark) -> dict[str, Way]:
     else:
         ways = {"pixels": Way(get_dataset(pixels, prepare))}
     if cfg.latents_path:
-        codec = load_codec(cfg, default_device())
+        codec = load_codec(cfg, default_device(), need_statistics=False)
         ways |= {"pixels + VAE": Way(get_dataset(pixels), codec), "latents": Way(get_dataset(cfg))}
     return ways
 

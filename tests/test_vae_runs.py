@@ -1,0 +1,177 @@
+"""A video VAE, a VAE without statistics and a class of one's own, from YAML to video: latents, training, sampling."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+import train as train_program
+from configs import ROOT, SampleConfig, TrainConfig, UserError, load_config
+from datasets import get_dataset
+from datasets.readers import read_video
+from models.autoencoder import load_codec
+from sample import sample as sample_program
+from tests.test_vaes import make
+from tools import encode_latents as encode_program
+from tools.common.training import latent_moments
+
+MODEL = ["model=Latte-skip", "image_size=32", "num_classes=2", "hidden_size=16", "depth=8", "num_heads=2"]
+TRAIN = [
+    "dataset=video_folder",
+    "num_workers=0",
+    "local_batch_size=2",
+    "max_train_steps=2",
+    "log_every=1",
+    "frame_interval=2",
+]
+
+
+class Squares:
+    """A class of one's own: squares of 8 pixels, and groups of 2 frames, of their mean."""
+
+    latent_channels = 3
+    stride = (2, 8)
+    causal = False
+
+    def encode(self, videos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = pixel_unshuffle(videos, 8).unflatten(2, (3, 64)).mean(3)  # (B, F, 3, h, w)
+        mean = 5 + x.unflatten(1, (-1, 2)).mean(2)
+        return mean, torch.full_like(mean, 0.1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return pixel_shuffle((latents - 5).repeat_interleave(64, 2).repeat_interleave(2, 1), 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    """accelerate and the signal handlers keep state in the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Two of the demo's clips of 24 frames, in two classes."""
+    for name in ("Box", "City"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        shutil.copy(ROOT / f"datasets/demo/train/{name}/v_{name}_g01_c01.mp4", tmp_path / "videos" / name)
+    return tmp_path / "videos"
+
+
+def call(monkeypatch, program, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__name__, *options])
+    program.main()
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "results/000-Latte-skip-video_folder"
+
+
+def sample(monkeypatch, folder: Path, *options: str) -> None:
+    ckpt, out = run_of(folder) / "checkpoints/0000002.pt", folder / "samples"
+    few = ["sample_method=ddim", "num_sampling_steps=3", "cfg_scale=2", "samples_per_class=1", "precision=fp32"]
+    config = folder / "empty.yaml"
+    config.write_text("seed: 0\n")
+    call(monkeypatch, sample_program, "--config", str(config), f"ckpt={ckpt}", f"save_video_path={out}", *few, *options)
+
+
+def test_a_causal_video_vae_from_yaml_to_video(videos, tmp_path, monkeypatch):
+    """9 frames are 3 x 16 x 4 x 4 latents. Clips and stills on disk are those of the codec; a sample has 9 frames."""
+    make("AutoencoderKLWan").save_pretrained(tmp_path / "wan")
+    shared = [*MODEL, f"vae={tmp_path}/wan", "num_frames=9"]
+    data = [
+        *TRAIN,
+        f"data_path={videos}",
+        f"latents_path={tmp_path}/latents",
+        "latents_clips=3",
+        "horizontal_flip=true",
+    ]
+    call(monkeypatch, encode_program, *shared, *data)
+    stored = load_file(tmp_path / "latents/Box/v_Box_g01_c01.mp4.safetensors")
+    assert stored["starts"].tolist() == [0, 2, 4, 24]  # of 7 possible ones, 9 frames 2 apart; 24 frames
+    assert stored["moments"].shape == (3, 3, 2, 32, 4, 4) and stored["stills"].shape == (3, 2, 32, 4, 4)
+
+    cfg = load_config(TrainConfig, None, [*shared, *data, "use_image_num=2"])
+    item = get_dataset(cfg)[0, 1]
+    assert item["video"].shape == (3 + 2, 32, 4, 4)
+    pixels = load_config(TrainConfig, None, [*shared, *TRAIN, f"data_path={videos}"])
+    codec = load_codec(cfg, torch.device("cpu"))
+    frames = get_dataset(pixels).read(videos / "Box/v_Box_g01_c01.mp4", lambda total: range(4, 22, 2))
+    frames = encode_program.make_variants(pixels, get_dataset(pixels), frames).transpose(0, 1)  # (1, 9, 3, 32, 32)
+    mean, std = codec.moments(torch.cat([frames, frames[:, :1]], dim=1), num_stills=1)
+    for part, expected in (("moments", slice(3)), ("stills", 3)):
+        ours = torch.cat([mean, std], dim=2)[0, expected]
+        torch.testing.assert_close(stored[part][2, ..., 0, :, :, :].float(), ours, rtol=2e-3, atol=2e-3)
+
+    few = [
+        "preview_every=2",
+        "preview_clips=1",
+        "sample_method=ddim",
+        "num_sampling_steps=2",
+        f"results_dir={tmp_path}/results",
+    ]
+    call(monkeypatch, train_program, *shared, *data, *few, "use_image_num=2")
+    assert (run_of(tmp_path) / "previews/0000002-uncached.mp4").stat().st_size > 500
+    with pytest.raises(UserError, match="was made with num_frames=9, not 17"):
+        call(monkeypatch, train_program, *shared, *data, *few, "num_frames=17")
+    sample(monkeypatch, tmp_path, *shared, f"data_path={videos}", "dataset=video_folder")
+    assert read_video(tmp_path / "samples/uncached/000000_Box.mp4", range).shape == (9, 3, 32, 32)
+    with pytest.raises(UserError, match=r"AutoencoderKLWan takes 1 \+ 4k frames, not 16; the nearest: 13 and 17"):
+        sample(monkeypatch, tmp_path, *shared, "num_frames=16")
+
+
+@pytest.mark.parametrize("encoded", [False, True], ids=["pixels", "latents"])
+def test_statistics_of_a_class_of_ones_own_are_measured_once_and_kept(videos, tmp_path, monkeypatch, encoded):
+    """Latents that the model sees have mean 0 and deviation 1; a resumed run and a sampler have the same numbers."""
+    shared = [*MODEL, "vae=tests.test_vae_runs:Squares", "num_frames=8"]
+    data = [*TRAIN, f"data_path={videos}", f"results_dir={tmp_path}/results"]
+    if encoded:
+        data += [f"latents_path={tmp_path}/latents", "latents_clips=1"]
+        call(monkeypatch, encode_program, *shared, *data)
+    seen = []
+    clip_losses = train_program.clip_losses
+    monkeypatch.setattr(train_program, "clip_losses", lambda *args: seen.append(args) or clip_losses(*args))
+    call(monkeypatch, train_program, *shared, *data)
+    run = load_config(TrainConfig, run_of(tmp_path) / "config.yaml")
+    assert len(run.latent_mean) == 3 and all(3 < mean < 7 for mean in run.latent_mean)
+    _, _, encoder, batch, _, cfg, _ = seen[0]
+    assert cfg.latent_mean == run.latent_mean and (encoder is None) == encoded
+    mean, std = latent_moments(batch["video"], encoder, cfg)  # two clips, both of those measured
+    assert mean.shape == (2, 4, 3, 4, 4)
+    if encoded:  # the one clip of each video
+        torch.testing.assert_close(mean.mean((0, 1, 3, 4)), torch.zeros(3), rtol=0, atol=1e-2)
+        square = (mean**2 + std**2).mean((0, 1, 3, 4))
+        torch.testing.assert_close(square, torch.ones(3), rtol=1e-2, atol=0)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    call(monkeypatch, train_program, *shared, *data, "max_train_steps=3")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [run_of(tmp_path).name]
+    assert seen[-1][5].latent_mean == run.latent_mean
+    log = (run_of(tmp_path) / "log.txt").read_text()
+    assert log.count("measured mean") == 1 and "steps 3 to 3" in log
+
+    with pytest.raises(UserError, match=r"Squares states no statistics; give latent_mean"):
+        sample(monkeypatch, tmp_path, *shared)
+    numbers = [f"latent_mean={run.latent_mean}", f"latent_std={run.latent_std}"]
+    sample(monkeypatch, tmp_path, *shared, *numbers)
+    record = json.loads((tmp_path / "samples/sample.json").read_text())
+    assert record["config"]["latent_mean"] == run.latent_mean and record["config"]["in_channels"] == 3
+
+
+def test_a_class_that_is_no_vae_is_one_line():
+    for vae, says in (
+        ("no.such:Thing", "cannot import"),
+        ("json:loads", "lacks latent_channels, stride, encode, decode"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_codec(SampleConfig(vae=vae), torch.device("cpu"))
