@@ -141,14 +141,19 @@ def dry_run(cfg: Any, lines: Iterable[str], checks: Iterable[Callable[[], object
     if rank():
         return
     print("\n".join(f"# {line}" for line in lines), to_yaml(cfg), sep="\n", end="", flush=True)
-    missing = []
+    check_all(checks)
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Calls functions that raise UserError; raises one UserError with all of their messages."""
+    messages = []
     for check in checks:
         try:
             check()
         except UserError as error:
-            missing.append(str(error))
-    if missing:
-        raise UserError("; ".join(dict.fromkeys(missing)))
+            messages.append(str(error))
+    if messages:
+        raise UserError("; ".join(dict.fromkeys(messages)))
 
 
 def rank() -> int:

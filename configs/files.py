@@ -10,11 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
+from socket import gethostname
 from typing import IO, Any, TypeVar
 
 from configs.errors import UserError
 
 T = TypeVar("T")
+_CLAIMED: dict[Path, IO[str]] = {}  # folders that this process has locked
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -27,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The folder is created if need be.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # the suffix hides it from glob("*.mp4")
+    temporary = path.with_name(f"{path.name}.tmp-{gethostname()}-{os.getpid()}")  # hidden from glob("*.mp4")
     with telling_full_disks(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -48,6 +50,24 @@ def telling_full_disks(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
         raise UserError(f"{path} cannot be written: {reason} ({free / 2**30:.2f} GiB free on that disk)") from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the incomplete files that `atomic_path` left in a folder when a process of this machine was killed."""
+    for path in folder.glob(f"*.tmp-{gethostname()}-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and path.is_file() and not _is_running(int(pid)):
+            path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -105,6 +125,21 @@ def lock(path: Path) -> IO[str] | None:
     return file
 
 
+def claim_folder(folder: Path, key: str) -> None:
+    """Makes a folder, locks it for this process until it ends, and removes what killed processes left in it.
+
+    Raises:
+        UserError: another process holds it; the error names `key`, the option with the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder not in _CLAIMED:
+        file = lock(folder / ".lock")
+        if not file:
+            raise UserError(f"{key}: another process writes to {folder}: wait until it ends, or choose another folder")
+        _CLAIMED[folder] = file
+    remove_leftovers(folder)
+
+
 def check_writable(cfg: Any, key: str, folder: bool = False) -> None:
     """Raises UserError if a file (or, with `folder`, a folder) cannot be written at the path in option `key`."""
     path = Path(getattr(cfg, key)).absolute()
@@ -114,6 +149,8 @@ def check_writable(cfg: Any, key: str, folder: bool = False) -> None:
         raise UserError(f"{key}: {nearest} is a {there}, where a {wanted} is to be written: choose another path")
     if not os.access(nearest if nearest.is_dir() else nearest.parent, os.W_OK | os.X_OK):
         raise UserError(f"{key}: nothing can be written in {nearest}: choose another path, or change its rights")
+    if not shutil.disk_usage(nearest).free:
+        raise UserError(f"{key}: the disk of {nearest} is full: make room, or choose another path")
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -145,8 +182,19 @@ def check_record(path: Path, settings: Mapping[str, Any], key: str) -> bool:
         UserError: the folder was made with other settings; the error names them.
     """
     if path.is_file():
-        check_same_settings(json.loads(path.read_text()), settings, key, path.parent)
+        check_same_settings(read_record(path, key), settings, key, path.parent)
     return path.is_file()
+
+
+def read_record(path: Path, key: str) -> dict[str, Any]:
+    """Returns the JSON record in a file; raises UserError, which names the option `key`, if it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{key}: {path} is damaged, so that nothing is known of its folder: choose another, or remove it")
 
 
 def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], key: str, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from configs import SampleConfig, require_path
 from configs.errors import UserError
-from configs.files import check_same_settings, file_hash, write_json
+from configs.files import check_same_settings, claim_folder, file_hash, read_record, write_json
 from models.autoencoder import vae_file
 from models.hardware import describe_machine
 from sample import DDP_RECORD, SAMPLE_RECORD
@@ -58,34 +58,78 @@ def make_record(cfg: SampleConfig, device: torch.device) -> dict[str, Any]:
 
 def clip_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings in a record (see `make_record`) that determine the clip of a seed."""
-    config = {key: value for key, value in record["config"].items() if key not in INCIDENTAL}
+    defaults = asdict(SampleConfig())  # those of options that are newer than the record
+    config = defaults | record["config"] | {"cache": defaults["cache"] | record["config"]["cache"]}
+    config = {key: value for key, value in config.items() if key not in INCIDENTAL}
     hashes = {key: (record.get(key) or {}).get("sha256", "none")[:12] for key in ("checkpoint", "vae", "recipe")}
     return config | hashes | {"device": record["device"]}
 
 
-def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, device: torch.device) -> list[int]:
-    """Writes the record of a folder of sample_ddp.py, or checks the record of an earlier run.
+def earlier_record(path: Path, record: dict[str, Any], clips: Iterable[Path]) -> dict[str, Any] | None:
+    """Returns the record of an earlier run with the same settings in the same folder; None if there was none.
+
+    Args:
+        path: SAMPLE_RECORD or DDP_RECORD in the folder.
+        record: that of this run.
+        clips: the files that this run is to write, and those of their kind that are there.
+
+    Raises:
+        UserError: the folder holds clips of other or unknown settings, or cannot hold these clips.
+    """
+    for clip in clips:
+        if clip.is_dir() or clip.parent.is_file():
+            blocker = clip if clip.is_dir() else clip.parent
+            raise UserError(f"save_video_path: {blocker} stands where a clip or its folder is to be written: move it")
+        if clip.exists() and not path.exists():
+            raise UserError(f"{clip.parent} holds videos of unknown settings (no {path.name}): choose another output")
+    if not path.exists():
+        return None
+    earlier, now = read_record(path, "save_video_path"), clip_settings(record)
+    try:
+        before, _ = clip_settings(earlier), earlier["runs"]
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"save_video_path: {path} is damaged: choose another folder, or remove it") from None
+    if path.name == SAMPLE_RECORD:  # the name of a file has its seed and class, and that of its folder the plan
+        free = {"seed", "labels", "cache", *(["recipe"] if "none" in (before["recipe"], now["recipe"]) else [])}
+        now = {key: value for key, value in now.items() if key not in free}
+    check_same_settings(before, now, "save_video_path", path.parent)
+    return earlier
+
+
+def open_folder(folder: Path, cfg: SampleConfig, plan: Plan, device: torch.device, dry: bool = False) -> list[int]:
+    """Writes the record of a folder of sample_ddp.py, or checks the record of an earlier run; `dry` only checks.
 
     Returns:
-        The seeds whose clips are missing.
+        The seeds whose clips are missing or damaged.
 
     Raises:
         UserError: the folder holds clips made with other settings.
     """
     path, seeds = folder / DDP_RECORD, range(cfg.seed, cfg.seed + cfg.num_fvd_samples)
     record = make_record(cfg, device) | {"plan": plan.record(), "labels": labels_of(seeds, cfg), "runs": []}
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        check_same_settings(clip_settings(earlier), clip_settings(record), "save_video_path", folder)
+    clips = [*folder.glob("[0-9]*.mp4"), *(video_path(folder, seed) for seed in seeds)]
+    earlier = earlier_record(path, record, clips)
+    if dry:
+        return []
+    if earlier:
         record["runs"] = earlier["runs"]
         if cfg.num_fvd_samples < earlier["config"]["num_fvd_samples"]:
             record = earlier  # keep it: it describes more clips than this run asks for
-    elif any(folder.glob("[0-9]*.mp4")):
-        raise UserError(f"{folder} holds videos of unknown settings (no {DDP_RECORD}): choose another save_video_path")
-    for leftover in folder.glob("*.tmp*"):  # incomplete files of a killed process
-        leftover.unlink()
+    claim_folder(folder, "save_video_path")
     write_json(path, record)
-    return [seed for seed in seeds if not video_path(folder, seed).exists()]
+    return [seed for seed in seeds if not is_whole(video_path(folder, seed))]
+
+
+def is_whole(path: Path) -> bool:
+    """Returns whether an mp4 file is there and ends where its last box does; a copy that was cut short does not."""
+    if not path.is_file():
+        return False
+    size, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while end < size and (length := int.from_bytes(file.read(4))) >= 8:
+            end += length
+            file.seek(end)
+    return 0 < size == end
 
 
 def clips_of_one_plan(videos: list[Path], root: Path, key: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """Writing videos as mp4, gif and PNG files, atomically. A video is (F, 3, H, W) in [-1, 1], a batch (B, F, 3, H, W)."""
 
 import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,16 @@ def save_contact_sheet(
         sheet.save(temporary, "PNG")
 
 
+def find_ffmpeg() -> str:
+    """Returns the path of ffmpeg; raises UserError if there is none."""
+    try:
+        if path := shutil.which(get_ffmpeg_exe()):
+            return path
+    except RuntimeError:  # of imageio_ffmpeg, which finds none
+        pass
+    raise UserError("no ffmpeg to write videos: install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to its path")
+
+
 def _write_mp4(path: Path, video: Tensor, fps: float) -> None:
     # In yuv420p, 2 x 2 pixels share a colour. So an odd last row or column is repeated.
     video = F.pad(video, (0, video.shape[-1] % 2, 0, video.shape[-2] % 2), mode="replicate")
@@ -77,7 +88,11 @@ def _write_mp4(path: Path, video: Tensor, fps: float) -> None:
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
     target = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4", str(path)]
     # imageio-ffmpeg's writer ignores an encoder that fails at the end, for example on a full disk.
-    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *source, *target], input=frames.tobytes(), check=True)
+    command = [find_ffmpeg(), "-v", "error", "-y", *source, *target]
+    result = subprocess.run(command, input=frames.tobytes(), stderr=subprocess.PIPE)
+    if result.returncode:
+        reason = result.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {result.returncode}"]
+        raise UserError(f"{path.parent}: ffmpeg cannot write a video there ({reason[0]}); is the disk full?")
 
 
 def _enlarge(video: Tensor, scale: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from configs import PLAN_FORM, ROOT, SampleConfig, load_config, require_path
 from configs.cli import Parser
+from configs.files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +43,16 @@ def read_options(args: argparse.Namespace, device: "torch.device") -> "tuple[Sam
     return replace(cfg, cache=plans[0].cache), plans
 
 
-def file_checks(cfg: SampleConfig) -> list[Callable[[], object]]:
-    """Returns checks for `cli.dry_run`. Each raises UserError if a file that sampling reads is missing."""
+def file_checks(cfg: SampleConfig, output: str = "") -> list[Callable[[], object]]:
+    """Returns functions that raise UserError if a file that sampling reads is missing.
+
+    Args:
+        output: the option with the folder of the videos; then ffmpeg and that folder are checked, too.
+    """
     from models.autoencoder import vae_file
+    from sample.media import find_ffmpeg
     from sample.recipes import check_recipe
 
     checks = [lambda: require_path(cfg, "ckpt"), lambda: vae_file(cfg)]
+    checks += [find_ffmpeg, lambda: check_writable(cfg, output, folder=True)] if output else []
     return [*checks, lambda: check_recipe(cfg)] if cfg.recipe else checks

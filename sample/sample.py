@@ -6,7 +6,8 @@
     python sample/sample.py --config configs/ucf101/ucf101_sample_cache.yaml --dry-run
 
 Writes to save_video_path sample.json and a folder per plan (uncached, N2, ...) with {seed}_{class}.mp4, grid.mp4,
-grid.gif and contact_sheet.png. --compare also writes compare.mp4, which has a row per plan, and compare.png.
+grid.gif and contact_sheet.png. --compare also writes compare.mp4, which has a row per plan, and compare.png. A clip is
+there as soon as it is decoded. Other seeds, classes and plans may share a folder; other settings need another folder.
 """
 
 import statistics
@@ -32,13 +33,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import write_json
+from configs.files import claim_folder, write_json
 from configs.tables import markdown_table
 from datasets import class_index, class_names
 from models.hardware import default_device, timed
 from models.macs import readable
 from sample import SAMPLE_RECORD
-from sample.folder import make_record, video_path
+from sample.folder import earlier_record, make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
 from sample.pipeline import Pipeline, load, sample_latents, shortened
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
@@ -54,6 +55,9 @@ class Clip:
     seed: int
     label: int | None
     name: str  # of the class; empty for an unconditional model
+
+    def path(self, folder: Path, plan: Plan) -> Path:
+        return video_path(folder / plan.name, self.seed, self.name)
 
 
 @dataclass
@@ -92,8 +96,11 @@ def choose_plans(cfg: SampleConfig, plans: list[Plan], compare: bool) -> list[Pl
     return [uncached, *plans]
 
 
-def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run]:
-    """Samples every clip with every plan. The plans take turns, so that a machine that slows down slows all of them."""
+def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan], folder: Path) -> list[Run]:
+    """Samples every clip with every plan, and writes it to the plan's folder in `folder`.
+
+    The plans take turns, so that a machine that slows down slows all of them.
+    """
     runs = [Run(plan) for plan in plans]
     size = pipe.cfg.per_proc_batch_size
     batches = [clips[i : i + size] for i in range(0, len(clips), size)]
@@ -109,6 +116,8 @@ def sample_all(pipe: Pipeline, clips: list[Clip], plans: list[Plan]) -> list[Run
                 videos, seconds = timed(pipe.device, pipe.codec.decode, latents)
                 run.decoding.append(seconds)
                 run.videos.append(videos.cpu())
+                for clip, video in zip(batch, videos, strict=True):
+                    save_video(clip.path(folder, run.plan), video, pipe.cfg.fps)
     return runs
 
 
@@ -134,15 +143,13 @@ def summarize(run: Run, first: Run) -> dict[str, Any]:
     return metrics
 
 
-def write_videos(folder: Path, cfg: SampleConfig, clips: list[Clip], runs: list[Run]) -> None:
-    """Writes the videos and pictures of every run, and those that show the runs side by side."""
+def write_grids(folder: Path, cfg: SampleConfig, clips: list[Clip], runs: list[Run]) -> None:
+    """Writes the grids and pictures of every run, and those that show the runs side by side."""
     scale = max(1, 128 // cfg.image_size)  # enlarge small videos in grids and sheets
     titles = [clip.name or f"seed {clip.seed}" for clip in clips]
     for run in runs:
         target = folder / run.plan.name
         videos = torch.cat(run.videos)  # (B, F, 3, H, W)
-        for clip, video in zip(clips, videos, strict=True):
-            save_video(video_path(target, clip.seed, clip.name), video, cfg.fps)
         save_grid(target / "grid.mp4", videos, cfg.fps, scale=scale)
         save_grid(target / "grid.gif", videos, cfg.fps, scale=scale)
         save_contact_sheet(target / "contact_sheet.png", videos, titles, scale=scale)
@@ -179,16 +186,26 @@ def main() -> None:
     plans = choose_plans(cfg, plans, args.compare)
     lines = describe_run(cfg, plans, device)
     lines.append(f"task: {len(clips)} clips, seeds {cfg.seed} ... {clips[-1].seed}, to {cfg.save_video_path}")
-    if args.dry_run:
-        return cli.dry_run(cfg, lines, file_checks(cfg))
+    folder, checks = Path(cfg.save_video_path), file_checks(cfg, "save_video_path")
 
+    def open_folder() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        record = make_record(cfg, device) | {"clips": [asdict(clip) for clip in clips], "runs": []}
+        there = [path for plan in plans for path in (folder / plan.name).glob("[0-9]*.mp4")]
+        paths = [clip.path(folder, plan) for clip in clips for plan in plans]
+        return record, earlier_record(folder / SAMPLE_RECORD, record, there + paths)
+
+    if args.dry_run:
+        return cli.dry_run(cfg, lines, [*checks, open_folder])
+    cli.check_all(checks)
+    record, earlier = open_folder()
+    claim_folder(folder, "save_video_path")
+    if not earlier:
+        write_json(folder / SAMPLE_RECORD, record)  # whatever happens, the clips' settings are known
     print("\n".join(lines), flush=True)
-    runs = sample_all(load(cfg, device), clips, plans)
+    runs = sample_all(load(cfg, device), clips, plans, folder)
     report = [summarize(run, runs[0]) for run in runs]
-    folder = Path(cfg.save_video_path)
-    write_videos(folder, cfg, clips, runs)
-    record = {**make_record(cfg, device), "clips": [asdict(clip) for clip in clips], "runs": report}
-    write_json(folder / SAMPLE_RECORD, record)
+    write_grids(folder, cfg, clips, runs)
+    write_json(folder / SAMPLE_RECORD, record | {"runs": report})
     if args.compare:
         print(f"\n{comparison(report)}")
         print(f"seconds of all {len(clips)} clips, speed-up per batch (median), on {record['machine']}")

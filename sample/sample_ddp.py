@@ -56,10 +56,12 @@ def main() -> None:
         folder, seeds = Path(cfg.save_video_path), range(cfg.seed, cfg.seed + cfg.num_fvd_samples)
         lines = describe_run(cfg, plans, env.device)
         lines.append(f"task: {len(seeds)} clips, seeds {seeds[0]} ... {seeds[-1]}, to {folder}")
+        checks = file_checks(cfg, "save_video_path")
         if args.dry_run:
-            cli.dry_run(cfg, lines, file_checks(cfg))
+            cli.dry_run(cfg, lines, [*checks, lambda: open_folder(folder, cfg, plans[0], env.device, dry=True)])
             return
 
+        env.from_first(lambda: cli.check_all(checks))
         missing = env.from_first(lambda: open_folder(folder, cfg, plans[0], env.device))
         if env.is_main:
             there = f"of which {len(seeds) - len(missing)} are there; processes: {env.world_size}"
