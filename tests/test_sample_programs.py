@@ -69,7 +69,7 @@ def test_compare_runs_every_plan_on_the_same_seeds(tiny, tmp_path, monkeypatch, 
     command = ["--config", tiny, "--compare", "--cache", "N2", "N3-900-50-b2", f"save_video_path={tmp_path}"]
     run(monkeypatch, sample, *command)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "uncached", "N2", "N3-b2", "sample.json", "compare.mp4", "compare.png",
+        "uncached", "N2", "N3-b2", "sample.json", "compare.mp4", "compare.png", ".lock",
     }  # fmt: skip
     height, width, _ = frames(tmp_path / "compare.mp4")[0].shape
     assert (height, width) == (3 * 128, 3 * 128)  # plans x classes, enlarged to 128 pixels each
@@ -177,7 +177,7 @@ def test_runs_from_any_directory(tiny, tmp_path):
     command = [sys.executable, ROOT / "sample/sample.py", "--config", tiny.name, "vae=nowhere"]
     shutil.copy(tiny, tmp_path)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout.startswith("model: Latte-skip")
+    assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: no VAE in") and result.stderr.count("\n") == 1
 
 
