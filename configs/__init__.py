@@ -270,6 +270,14 @@ class DataOptions:
         None, "list of the stills of an _img set; empty: stills are frames of the videos", path=True
     )
     frame_interval: int = option(3, "step from one frame of a clip to the next, in frames of the video", least=1)
+    fps: float | None = option(
+        None, "frames of a clip per second of the video, for videos of mixed rates; needs frame_interval=1", above=0
+    )
+    short_clips: str = option(
+        "spread",
+        "videos below num_frames x frame_interval; spread: use them whole; skip: as evaluation does",
+        choices=("spread", "skip"),
+    )
     use_image_num: int = option(0, "stills per clip (joint image-video training)", least=0)
     horizontal_flip: bool | None = option(None, "mirror half of the clips; empty: as published for the data set")
     video_reader: str = option(
@@ -282,6 +290,11 @@ class DataOptions:
         None, "latents from tools/encode_latents.py; empty: encode during training", path=True
     )
     latents_clips: int = option(8, "clips of each video that it encodes with a VAE that compresses time", least=1)
+    video_index_path: str | None = option(
+        "~/.cache/latte/video_index",
+        "folder of the indices of long videos; empty: each process makes its own",
+        path=True,
+    )
     num_workers: int = option(8, "processes that read data; 0: the training process reads", least=0)
     loader_timeout: float = option(
         600.0, "seconds that those processes may take for a batch before the run ends; 0: for ever", least=0

@@ -20,7 +20,7 @@ from datasets.clips import ClipDataset, Prepare, class_folders, summary, survey
 from datasets.joint import WithStills, check_frame_list, read_frame_list
 from datasets.latents import SUFFIX, check_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
-from datasets.readers import IMAGE_SUFFIXES, READERS, VIDEO_SUFFIXES, read_frame_folder, read_video
+from datasets.readers import IMAGE_SUFFIXES, READERS, VIDEO_SUFFIXES, read_frame_folder, read_video, reader_used
 from datasets.sampler import ClipSampler
 from datasets.transforms import square
 
@@ -78,6 +78,13 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     choice("video_reader", args.video_reader, READERS)
     if args.dataset.endswith("_img") and not args.use_image_num:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
+    if args.fps and args.frame_interval > 1:
+        raise UserError(
+            f"fps: {args.fps:g} chooses frames by time, frame_interval: {args.frame_interval} by number; "
+            "set frame_interval=1, or leave fps empty"
+        )
+    if args.fps and source.files == "frames":
+        raise UserError(f"fps: the frames of {args.dataset} are images without times; use frame_interval")
     if args.latents_path:
         check_latents(args)
         source = replace(source, files="latents")
@@ -86,7 +93,7 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     paths, labels, classes, num_unreadable = _labelled_clips(source, root, key, args, say)
     flip = source.flip if args.horizontal_flip is None else args.horizontal_flip
     read = {
-        "video": partial(read_video, reader=args.video_reader),
+        "video": partial(read_video, reader=args.video_reader, fps=args.fps, index_path=args.video_index_path or None),
         "frames": read_frame_folder,
         "latents": partial(read_latents, num_variants=1 + flip),
     }[source.files]
@@ -96,6 +103,8 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
         read,
         num_frames=args.num_frames,
         frame_interval=args.frame_interval,
+        short_clips=args.short_clips,
+        note=reader_used if source.files == "video" and args.video_reader == "decord" else None,
         image_size=args.image_size,
         flip=flip,
         seed=args.global_seed,

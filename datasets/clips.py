@@ -148,16 +148,21 @@ def _contains(folder: str, path: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def temporal_crop(total: int, num_frames: int, frame_interval: int, rng: np.random.Generator) -> list[int]:
+def temporal_crop(
+    total: int, num_frames: int, frame_interval: int, rng: np.random.Generator, short_clips: str = "spread"
+) -> list[int]:
     """Returns the indices of a clip's frames in a video of `total` frames.
 
     They are `frame_interval` apart and start at random. In a video too short for that, they are spread evenly from the
     first frame to the last.
 
     Raises:
-        BadClip: the video has fewer than `num_frames` frames.
+        BadClip: the video has fewer than `num_frames` frames, or is too short and `short_clips` is skip.
     """
-    starts = total - num_frames * frame_interval + 1
+    span = num_frames * frame_interval
+    if short_clips == "skip" and total < span:
+        raise BadClip(f"{total} frames, {span} needed")
+    starts = total - span + 1
     return crop_at(int(rng.integers(starts)) if starts > 0 else 0, total, num_frames, frame_interval)
 
 
@@ -214,6 +219,7 @@ class ClipDataset(Dataset):
         label: int; 0 without classes.
         name: the path of the video.
         skipped: list of str, the unusable videos that this one replaces, with the reasons.
+        notes: list of str, what `load_batches` shall count and name about the video.
     """
 
     def __init__(
@@ -229,10 +235,13 @@ class ClipDataset(Dataset):
         prepare: Prepare = square,
         classes: Sequence[str] | None = None,
         num_unreadable: int = 0,
+        short_clips: str = "spread",
+        note: Callable[[Path], str] | None = None,
     ):
         self.paths, self.labels, self.read, self.prepare = paths, labels, read, prepare
         self.num_frames, self.frame_interval, self.image_size = num_frames, frame_interval, image_size
         self.flip, self.seed, self.classes, self.num_unreadable = flip, seed, classes, num_unreadable
+        self.short_clips, self.note = short_clips, note
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -240,21 +249,29 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng((self.seed, epoch, index))
-        video, index, skipped = self.draw(index, self.num_frames, self.frame_interval, rng)
-        return dict(video=video, label=self.labels[index], name=str(self.paths[index]), skipped=skipped)
+        video, index, skipped, total = self.draw(index, self.num_frames, self.frame_interval, rng)
+        path, span = self.paths[index], self.num_frames * self.frame_interval
+        notes = [self.note(path)] if self.note else []
+        if total < span:
+            notes.append(f"shorter than num_frames x frame_interval = {span} frames and used whole")
+        return dict(video=video, label=self.labels[index], name=str(path), skipped=skipped, notes=notes)
 
     def draw(
         self, index: int, num_frames: int, frame_interval: int, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, int, list[str]]:
+    ) -> tuple[torch.Tensor, int, list[str], int]:
         """Returns `num_frames` frames of video `index` from a random start, or of another video if it is unusable.
 
         Returns:
-            The frames (num_frames, 3, S, S), the index of the video used, and the unusable videos.
+            The frames (num_frames, 3, S, S), the index of the video used, the unusable videos, and the number of frames
+            of the video used.
         """
+        total = 0
 
-        def read(path: Path) -> torch.Tensor:
-            return self.read(path, lambda total: temporal_crop(total, num_frames, frame_interval, rng))
+        def choose(number: int) -> list[int]:
+            nonlocal total
+            total = number
+            return temporal_crop(total, num_frames, frame_interval, rng, self.short_clips)
 
-        frames, index, skipped = read_usable(self.paths, index, read, rng)
+        frames, index, skipped = read_usable(self.paths, index, lambda path: self.read(path, choose), rng)
         flip = self.flip and rng.random() < 0.5
-        return self.prepare(frames, self.image_size, flip), index, skipped
+        return self.prepare(frames, self.image_size, flip), index, skipped, total

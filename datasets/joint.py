@@ -58,7 +58,7 @@ class WithStills(Dataset):
     def _draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, int, list[str]]:
         """Returns a random image (1, 3, S, S), its label, and the unusable files."""
         if self.paths is None:
-            still, index, skipped = self.clips.draw(int(rng.integers(len(self.clips))), 1, 1, rng)
+            still, index, skipped, _ = self.clips.draw(int(rng.integers(len(self.clips))), 1, 1, rng)
             return still, self.clips.labels[index], skipped
         image, index, skipped = read_usable(self.paths, int(rng.integers(len(self.paths))), read_image, rng)
         flip = self.clips.flip and rng.random() < 0.5

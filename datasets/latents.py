@@ -74,6 +74,7 @@ def latent_settings(args: Any, of_clips: bool) -> dict[str, Any]:
         "dataset": args.dataset.removesuffix("_img"),
         "image_size": args.image_size,
         "horizontal_flip": args.horizontal_flip,
+        "fps": args.fps,
         **clip,
     }
 

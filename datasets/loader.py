@@ -46,7 +46,7 @@ class Interrupted(Exception):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the batch of items: video (B, F+K, 3, S, S), label (B,), name, skipped, [image_labels (B, K)].
+    """Returns the batch of items: video (B, F+K, 3, S, S), label (B,), name, skipped, notes, [image_labels (B, K)].
 
     Raises:
         UserError: clips differ in shape, as latents of several sizes do.
@@ -61,6 +61,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "label": torch.tensor([item["label"] for item in items]),
         "name": [item["name"] for item in items],
         "skipped": [file for item in items for file in item["skipped"]],
+        "notes": [(note, item["name"]) for item in items for note in item["notes"]],
     }
     if "image_labels" in items[0]:
         batch["image_labels"] = torch.stack([item["image_labels"] for item in items])
@@ -225,7 +226,8 @@ def load_batches(
         dataset: one of `get_dataset`.
         num_workers: processes that read; 0: this process reads, and nothing limits how long.
         max_bad_fraction: the largest share of unusable files among those drawn.
-        say: called with a message for each unusable file, once, and with the shared memory that the batches need.
+        say: called with a message for each unusable file, once, with the shared memory that the batches need, and with
+            one for each kind of note on the files of the first epoch (or on the first `MIN_JUDGED` files).
         timeout: seconds to wait for a batch; 0: for ever.
         stopping: whether the run is to stop.
         ranks_here: processes of this machine that load such batches.
@@ -245,7 +247,8 @@ def load_batches(
 def _judged(reader, dataset, num_workers, max_bad_fraction, say, free) -> Iterator[Any]:
     """Yields None, then the batches of `reader`, within `max_bad_fraction` and `free` bytes of shared memory."""
     drawn = bad = dataset.num_unreadable  # each such folder counts as an unusable file
-    named = {}
+    named, notes = {}, {}  # notes: a note -> the names of the videos
+    judged = False  # whether the notes have been said
     try:
         yield
         while True:
@@ -258,6 +261,8 @@ def _judged(reader, dataset, num_workers, max_bad_fraction, say, free) -> Iterat
                 if file not in named:
                     named[file] = None
                     say(f"skipped {file}; unusable files so far: {len(named)}")
+            for note, name in batch["notes"] if not judged else []:
+                notes.setdefault(note, {})[name] = None
             bad += len(skipped)
             drawn += len(skipped) + batch["label"].numel() + batch.get("image_labels", torch.empty(0)).numel()
             if drawn >= min(len(dataset), MIN_JUDGED) and bad > max_bad_fraction * drawn:
@@ -265,6 +270,10 @@ def _judged(reader, dataset, num_workers, max_bad_fraction, say, free) -> Iterat
                     f"{bad} of {drawn} files drawn cannot be used, more than max_bad_fraction={max_bad_fraction}: "
                     f"{summary(list(named)) or 'folders that cannot be read'}"
                 )
+            if not judged and drawn >= min(len(dataset), MIN_JUDGED):
+                judged = True
+                for note, names in sorted(notes.items()):
+                    say(f"{len(names)} videos of the first {drawn:,} files drawn are {note}: {summary(list(names))}")
             yield batch
     finally:
         reader.close()

@@ -17,7 +17,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from datasets.video_index import LONG, BadClip, VideoIndex, decode_in_order, find_index
+from datasets.video_index import LONG, BadClip, VideoIndex, decode_in_order, find_index, kept_index
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"}
 READERS = ("pyav", "decord")  # see `read_video`
@@ -117,21 +117,29 @@ def upright(pixels: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
     return pixels[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1]
 
 
-def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor:
+def read_video(
+    path: Path, choose: Choose, reader: str = "pyav", fps: float | None = None, index_path: str | None = None
+) -> torch.Tensor:
     """Returns the chosen frames of a video file, (F, 3, H, W) uint8, as the ffmpeg command line shows them.
 
     They stand upright, and their pixels are square.
 
     Args:
         reader: pyav, or decord: decord for files in which it seeks exactly, PyAV for the others.
+        fps: frames per second among which `choose` chooses, see `VideoIndex.at_rate`; None: all frames of the video.
+        index_path: the folder that keeps indices of long videos for other processes.
 
     Raises:
         BadClip: the file does not decode, or `choose` raises it.
     """
     try:
         with av.open(str(path)) as container:
-            index = find_index(container)
-            indices = choose(len(index))
+            index = find_index(container, index_path)
+            if fps and len(index):
+                at_rate = index.at_rate(fps)
+                indices = [int(at_rate[i]) for i in choose(len(at_rate))]
+            else:
+                indices = choose(len(index))
             frames = None
             if reader == "decord":
                 if index.not_decord is None:
@@ -143,6 +151,14 @@ def read_video(path: Path, choose: Choose, reader: str = "pyav") -> torch.Tensor
     except (av.FFmpegError, OSError) as error:
         raise BadClip(f"does not decode ({type(error).__name__})") from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
+
+
+def reader_used(path: Path) -> str:
+    """Returns, for a log, what reads a video that was read with reader=decord before."""
+    index = kept_index(path)
+    if index is None or index.not_decord is None:
+        return "read by PyAV or decord"
+    return f"read by PyAV, not decord ({index.not_decord})" if index.not_decord else "read by decord"
 
 
 def _why_not_decord(container: av.container.InputContainer, index: VideoIndex) -> str:

@@ -1,11 +1,19 @@
 """The index of a video file: when its frames are shown, and where its keyframes lie.
 
-One pass over the packets makes it, without decoding if the times of the packets tell the frames apart.
+One pass over the packets makes it, without decoding if the times of the packets tell the frames apart. It is kept in
+memory, and that of a long video in a file.
 """
 
+import json
+import logging
+import os
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +22,13 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from configs.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files of indices
+ARRAYS = ("shown_at", "packets", "keyframes", "times", "dts")
+MAX_FOLDER = 2**28  # bytes of a folder of indices
 MAX_KEPT = 2_000_000  # frames of all the indices that a process keeps, which are about 60 MB
 NUM_PROBED = 48  # frames that are decoded to see their order, where it is in doubt
 LONG = 5_000  # frames of a long video
@@ -70,24 +85,79 @@ class Packet(NamedTuple):
     is_shown: bool  # not cut off by an edit list, and not a frame that others refer to but nobody sees
 
 
-def find_index(container: av.container.InputContainer) -> VideoIndex:
+def find_index(container: av.container.InputContainer, folder: str | None = None) -> VideoIndex:
     """Returns the index of an open video file. It is made once, as long as the file's size and time stay the same.
+
+    Args:
+        folder: where indices of long videos are kept for other processes; None: nowhere.
 
     Raises:
         BadClip: the file has no video stream, or FFmpeg does not know the codec.
         av.FFmpegError: the file does not decode.
     """
-    path = Path(container.name).absolute()
-    status = path.stat()
-    key = (path, status.st_size, status.st_mtime_ns)
-    index = _kept.pop(key, None) or _make_index(container)
+    key = _key(container.name)
+    index = _kept.pop(key, None)
+    if index is None:
+        file = Path(folder, f"{sha256(repr((FORMAT, key)).encode()).hexdigest()[:32]}.npz") if folder else None
+        index = _load(file) if file else None
+        if index is None:
+            index = _make_index(container)
+            if file and len(index) >= LONG:
+                _save(index, file)
     _kept[key] = index  # the newest is the last
     while sum(map(len, _kept.values())) > MAX_KEPT and len(_kept) > 1:
         del _kept[next(iter(_kept))]
     return index
 
 
-_kept: dict[tuple[Path, int, int], VideoIndex] = {}
+_kept: dict[tuple[str, int, int], VideoIndex] = {}
+
+
+def _key(path: str | Path) -> tuple[str, int, int]:
+    """Returns the path, the size and the time of a file."""
+    status = Path(path).stat()
+    return str(Path(path).absolute()), status.st_size, status.st_mtime_ns
+
+
+def kept_index(path: Path) -> VideoIndex | None:
+    """Returns the index of a video if this process keeps it."""
+    return _kept.get(_key(path))
+
+
+def forget_indices() -> None:
+    """Drops all indices that this process keeps."""
+    _kept.clear()
+
+
+def _load(file: Path) -> VideoIndex | None:
+    """Returns the index in a file, or None if there is none or it is damaged."""
+    try:
+        with np.load(file) as arrays:
+            stream, clock, *time_base, decodes = json.loads(str(arrays["facts"]))
+            steps = [arrays[key] for key in ARRAYS]
+        with suppress(OSError):
+            os.utime(file)  # used now
+        return VideoIndex(stream, clock, Fraction(*time_base), *map(np.cumsum, steps), decodes)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _save(index: VideoIndex, file: Path) -> None:
+    """Writes an index to a file. If the folder is too large then, the files that were not used for longest go."""
+    base = index.time_base
+    facts = [index.stream, index.clock, base.numerator, base.denominator, index.decodes_from_keyframes]
+    steps = {key: np.diff(getattr(index, key), prepend=0) for key in ARRAYS}  # which compress well
+    try:
+        with atomic_path(file) as temporary, temporary.open("wb") as target:
+            np.savez_compressed(target, facts=json.dumps(facts), **steps)
+        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in file.parent.glob("*.npz"))
+        excess = sum(size for _, size, _ in files) - MAX_FOLDER
+        for _, size, path in files:
+            if excess > 0:
+                path.unlink(missing_ok=True)
+            excess -= size
+    except OSError as error:
+        logger.warning("video_index_path: %s cannot be used: %s", file.parent, error)
 
 
 def _make_index(container: av.container.InputContainer) -> VideoIndex:

@@ -117,6 +117,7 @@ def options(dataset: str, root: Path, **changes) -> SimpleNamespace:
     values = dict(dataset=dataset, data_path=str(root), frame_data_path=None, frame_data_txt=None)
     values |= dict(num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE, use_image_num=0, num_classes=None)
     values |= dict(global_seed=7, video_reader="pyav", max_bad_fraction=0.9, latents_path=None, horizontal_flip=None)
+    values |= dict(fps=None, short_clips="spread", video_index_path=None)
     return SimpleNamespace(**(values | changes))
 
 
@@ -483,7 +484,8 @@ def test_batches_are_the_same_at_any_number_of_workers_and_whatever_the_global_g
     for one, other in zip(*runs, strict=True):
         assert one["video"].shape == (4, NUM_FRAMES + stills, 3, SIZE, SIZE)
         assert one.keys() == other.keys() and one["name"] == other["name"] and one["skipped"] == other["skipped"]
-        for key in one.keys() - {"name", "skipped"}:
+        assert one["notes"] == other["notes"]
+        for key in one.keys() - {"name", "skipped", "notes"}:
             assert torch.equal(one[key], other[key])
 
 

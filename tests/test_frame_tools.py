@@ -65,6 +65,7 @@ def dataset(kind: str, root: Path, **changes) -> torch.utils.data.Dataset:
         max_bad_fraction=0.0,
     )
     values |= dict(num_frames=8, frame_interval=2, image_size=32, use_image_num=0, num_classes=2, horizontal_flip=None)
+    values |= dict(fps=None, short_clips="spread", video_index_path=None)
     return get_dataset(SimpleNamespace(**(values | dict(global_seed=7, video_reader="decord") | changes)))
 
 

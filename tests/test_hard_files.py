@@ -4,9 +4,11 @@ Both readers, the data set, the converter to frames and the encoder of latents a
 """
 
 import subprocess
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,12 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors import safe_open
 
-from datasets import get_dataset
+from configs import UserError
+from datasets import ClipSampler, get_dataset, load_batches, video_index
 from datasets.readers import BadClip, read_frame_folder, read_image, read_video
-from tools import convert_videos_to_frames, encode_latents
+from tools import benchmark, convert_videos_to_frames, encode_latents
+from tools.benchmarks import reading
+from tools.metrics.clips import ShortClip, choose_window
 
 NUM, HEIGHT, WIDTH = 48, 64, 96
 PATCHES = ((200, 40, 40), (40, 180, 40), (40, 40, 200), (225, 172, 106), (220, 220, 220), (20, 20, 20))
@@ -192,9 +197,7 @@ def test_a_file_is_read_as_ffmpeg_shows_it_or_refused_in_one_line(files, right, 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_the_data_set_holds_every_file_and_names_the_refused(files, reader):
-    args = dict(dataset="ffs", data_path=str(files), num_frames=8, frame_interval=2, image_size=16, use_image_num=0)
-    args |= dict(num_classes=None, global_seed=0, video_reader=reader, latents_path=None, horizontal_flip=False)
-    dataset = get_dataset(SimpleNamespace(**args, frame_data_txt=None, frame_data_path=None))
+    dataset = clips_of(files, frame_interval=2, video_reader=reader)
     assert len(dataset) == len(FILES)
     for path, item in zip(dataset.paths, map(dataset.__getitem__, range(len(dataset))), strict=True):
         refused = FILES[path.name][2]
@@ -311,3 +314,165 @@ def test_a_cmyk_jpeg_has_the_colors_that_ffmpeg_shows(tmp_path):
     image.convert("CMYK").save(tmp_path / "a.jpg", quality=95)
     expected = shown_by_ffmpeg(tmp_path / "a.jpg", 8, 48)[0].astype(int)
     assert np.abs(read_image(tmp_path / "a.jpg").permute(1, 2, 0).numpy() - expected).max() <= 3
+
+
+# The index
+
+
+@pytest.fixture
+def long_video(files, tmp_path, monkeypatch) -> Path:
+    """A video that counts as long: 48 frames of which 20 make one."""
+    monkeypatch.setattr(video_index, "LONG", 20)
+    (tmp_path / "long.mp4").write_bytes((files / "plain.mp4").read_bytes())
+    video_index.forget_indices()
+    return tmp_path / "long.mp4"
+
+
+def count_passes(monkeypatch) -> list[int]:
+    """The list grows by an entry for each index that is made."""
+    passes, make = [], video_index._make_index
+    monkeypatch.setattr(video_index, "_make_index", lambda container: passes.append(1) or make(container))
+    return passes
+
+
+def test_a_long_video_is_indexed_once_for_all_processes_until_it_changes(files, long_video, tmp_path, monkeypatch):
+    """The same frames come from an index made now, one in memory and one in a file; a damaged file is made again."""
+    passes, cache = count_passes(monkeypatch), tmp_path / "cache"
+
+    def read() -> torch.Tensor:
+        return read_video(long_video, lambda total: [3, 30, total - 1], index_path=str(cache))
+
+    first = read()
+    assert torch.equal(read(), first) and len(passes) == 1
+    (file,) = cache.iterdir()
+    for damage in (None, b"", file.read_bytes()[:300]):
+        video_index.forget_indices()  # another process
+        before = len(passes)
+        if damage is not None:
+            file.write_bytes(damage)
+        assert torch.equal(read(), first) and len(passes) == before + (damage is not None)
+    long_video.write_bytes((files / "edit.mp4").read_bytes())
+    read_video(long_video, lambda total: [total - 30], index_path=str(cache))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_short_video_leaves_no_file_and_a_closed_folder_stops_nothing(files, long_video, tmp_path):
+    read_video(files / "starts_late.ts", range, index_path=str(tmp_path / "short"))
+    assert video_index.LONG == 20 and len(list((tmp_path / "short").iterdir())) == 1  # 24 frames
+    (tmp_path / "file").write_text("")
+    assert len(read_video(long_video, range, index_path=str(tmp_path / "file"))) == 48
+    video_index.LONG = 100
+    video_index.forget_indices()
+    read_video(files / "plain.mp4", range, index_path=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_folder_of_indices_and_those_in_memory_are_bounded(files, long_video, tmp_path, monkeypatch):
+    monkeypatch.setattr(video_index, "MAX_FOLDER", 4000)  # bytes: two or three of these
+    monkeypatch.setattr(video_index, "MAX_KEPT", 100)  # frames: two of these
+    names = [name for name in FILES if name.startswith("rot") and name != "rot45.mp4"] + ["plain.mp4", "late.mp4"]
+    for name in names:
+        read_video(files / name, lambda total: [0], index_path=str(tmp_path / "cache"))
+    assert len(video_index._kept) == 2
+    assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 4000
+
+
+# Frame rates, short clips, and what the log says
+
+
+def clips_of(folder: Path, **changes) -> torch.utils.data.Dataset:
+    args = dict(dataset="ffs", data_path=str(folder), num_frames=8, frame_interval=1, image_size=16, use_image_num=0)
+    args |= dict(num_classes=None, global_seed=0, video_reader="pyav", latents_path=None, horizontal_flip=False)
+    args |= dict(fps=None, short_clips="spread", video_index_path=None, frame_data_txt=None, frame_data_path=None)
+    return get_dataset(SimpleNamespace(**(args | changes)))
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "late.mp4", "edit.mp4", "unseen.webm", "same_time.mkv", "joined.mpg"])
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_frames_by_time_are_the_first_at_or_after_each_tick(files, right, name, reader):
+    """By the times that ffprobe would show, here of the whole decoded; a slower video repeats frames."""
+    with av.open(str(files / name)) as container:
+        stream = container.streams.video[0]
+        times = [float(frame.pts * stream.time_base) for frame in container.decode(stream)]
+    if times != sorted(times):
+        times = np.arange(len(times)) / 24  # the clock restarts: evenly
+    times = np.array(times) - times[0]
+    for fps in (1, 5, 8, 30):
+        expected = [int(np.argmax(times + 0.006 >= k / fps)) for k in range(int((times[-1] + 0.006) * fps) + 1)]
+        assert_same(read_video(files / name, range, reader, fps=fps), right[name][expected])
+
+
+def test_clips_of_videos_of_mixed_rates_show_the_same_time(files, tmp_path):
+    """The same film at 12 and at 24 frames a second."""
+    for name, rate in (("a.mp4", 12), ("b.mp4", 24)):
+        ffmpeg("-i", files / "plain.mp4", "-vf", f"fps={rate}", *X264.split(), tmp_path / name)
+    shown = [
+        [number(frame) for frame in read_video(path, range, fps=6).permute(0, 2, 3, 1).numpy()]
+        for path in sorted(tmp_path.iterdir())
+    ]
+    assert shown[0] == list(range(0, 48, 2)) and np.abs(np.subtract(*shown)).max() <= 1
+    assert clips_of(tmp_path, fps=6)[0]["video"].shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(fps=8, frame_interval=3), "fps: 8 chooses frames by time, frame_interval: 3 by number; set frame_inter"),
+        (dict(fps=8, dataset="taichi"), "fps: the frames of taichi are images without times; use frame_interval"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_contradicts_is_refused_in_one_line(files, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        clips_of(files, **changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_short_videos_are_counted_and_named_once_or_skipped_as_in_evaluation(files, tmp_path):
+    """24 and 30 frames, where 40 are needed."""
+    names = ["plain.mp4", "starts_late.ts", "edit.mp4"]
+    for name in names:
+        (tmp_path / name).symlink_to(files / name)
+    said = []
+    dataset = clips_of(tmp_path, frame_interval=5)
+    for _ in islice(load_batches(dataset, ClipSampler(3, 3), say=said.append), 4):
+        pass
+    (line,) = said
+    assert line.startswith(
+        "2 videos of the first 3 files drawn are shorter than num_frames x frame_interval = 40 frames"
+    )
+    assert "starts_late.ts" in line and "edit.mp4" in line and "plain.mp4" not in line
+    skipped = clips_of(tmp_path, frame_interval=5, short_clips="skip")
+    reasons = {line for i in range(3) for line in skipped[i]["skipped"]}
+    assert reasons == {f"{tmp_path}/starts_late.ts: 24 frames, 40 needed", f"{tmp_path}/edit.mp4: 30 frames, 40 needed"}
+    with pytest.raises(ShortClip, match="24 frames, 40 needed"):
+        choose_window(24, 8, 5, "a", 0)
+
+
+def test_the_log_counts_which_files_decord_reads_and_why_not_the_others(files):
+    said = []
+    dataset = clips_of(files, video_reader="decord")
+    batches = load_batches(dataset, ClipSampler(len(dataset), len(dataset)), say=said.append, max_bad_fraction=0.9)
+    for _ in islice(batches, 2):
+        pass
+    readers = {line.split(" are read by ")[1].split(": ")[0]: line for line in said if " are read by " in line}
+    assert "plain.mp4" in readers["decord"] and "all_sync.mp4" not in readers["decord"]
+    for name, reason in {
+        "refresh.mp4": "keyframes that are none", "all_sync.mp4": "keyframes that are none", "edit.mp4": "B-frames",
+        "two.mp4": "several video streams", "hflip.mp4": "turned",
+        "late.mp4": "edit list or irregular times", "joined.ts": "h264 in mpegts",
+    }.items():  # fmt: skip
+        assert name in readers[f"PyAV, not decord ({reason})"], reason
+
+
+def test_the_check_of_readers_counts_frames_and_names_files_that_differ(files, tmp_path, monkeypatch, capsys):
+    for name in ("plain.mp4", "edit.mp4", "cut_off.mp4", "joined.ts"):
+        (tmp_path / name).symlink_to(files / name)
+    arguments = ["benchmark.py", "reading", "verify=True", "dataset=ffs", f"data_path={tmp_path}", "num_classes="]
+    monkeypatch.setattr("sys.argv", arguments)
+    benchmark.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["pyav", "3", "174", "0", "0"] in rows and ["decord", "3", "174", "0", "2"] in rows
+    wrong = reading.read_video
+    monkeypatch.setattr(reading, "read_video", lambda path, choose, reader: wrong(path, choose, reader).roll(1, 0))
+    with pytest.raises(UserError, match=r"frames differ from plain decoding: .*edit.mp4: 30 of 30 frames by pyav"):
+        benchmark.main()

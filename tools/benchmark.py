@@ -7,6 +7,8 @@
     python tools/benchmark.py reading                                       # files like UCF101's, made for the run
     python tools/benchmark.py reading reader_only=True frame_interval=1     # without the resizing
     python tools/benchmark.py reading --config configs/demo/demo_train.yaml # encoded latents beside their pixels
+    python tools/benchmark.py reading minutes=60                            # a video of an hour, too
+    python tools/benchmark.py reading verify=True dataset=ffs data_path=DIR # the readers, frame by frame, on your files
     python tools/benchmark.py sampling --help                               # the options of one of them
 
 All ways take turns, and the median counts. Steps are compared with the original's way to compute them: plain-maths
@@ -45,6 +47,10 @@ COLUMNS = {  # metric -> title of its column, and how a value is written
     "speedup": ("speed-up", "{:.2f}x".format),
     "share_of_matmul_rate": ("of matmul rate", "{:.0%}".format),
     "matmul_gflops": ("matmul GFLOP/s", "{:,.0f}".format),
+    "files": ("files", "{:,}".format),
+    "frames": ("frames", "{:,}".format),
+    "wrong": ("wrong frames", "{:,}".format),
+    "by_pyav": ("files left to PyAV", "{:,}".format),
     "peak_bytes": ("memory", lambda size: f"{size / 1e9:.2f} GB"),
 }
 

@@ -34,6 +34,10 @@ class ReadingBenchmark(TrainConfig, Output):
     epochs: int = option(5, "timed passes of each way", least=1)
     files: int = option(24, "without data_path: files of each kind that are made", least=1)
     reader_only: bool = option(False, "leave out the resizing, which all ways share")
+    minutes: int = option(
+        0, "without data_path: length of one more video, whose index is made or kept; 0: none", least=0
+    )
+    verify: bool = option(False, "compare the readers with plain decoding, frame by frame, and time nothing")
 
 
 OPTIONS = {"sampling": SamplingBenchmark, "training": TrainingBenchmark, "reading": ReadingBenchmark}

@@ -20,12 +20,14 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from configs import ROOT, to_yaml
+from configs import ROOT, UserError, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
-from datasets.clips import find_videos
-from datasets.readers import Choose
+from datasets.clips import find_videos, summary
+from datasets.readers import READERS, BadClip, Choose, ToPixels, pixel_aspect, read_video, reader_used
 from datasets.transforms import square
+from datasets.video_index import decode_in_order, find_index, forget_indices
 from models.autoencoder import LatentCodec, load_codec
 from models.hardware import default_device, describe_machine
 from tools.benchmarks.options import ReadingBenchmark
@@ -37,6 +39,7 @@ ENCODERS = {  # at about UCF101's bytes a frame
     "mp4": ["-c:v", "libx264", "-b:v", "550k"],
 }
 KEYFRAME_INTERVALS = (12, 250)
+PIECE = 64  # frames that a reader is asked for at a time when readers are compared
 
 
 class Way(NamedTuple):
@@ -47,7 +50,9 @@ class Way(NamedTuple):
 
 
 def describe(cfg: ReadingBenchmark) -> str:
-    """The work that is timed."""
+    """The work that is timed, or the comparison."""
+    if cfg.verify:
+        return f"comparing all frames of {cfg.data_path}, by {' and '.join(READERS)}, with plain decoding"
     clips = f"reading clips of {cfg.num_frames} frames, {cfg.frame_interval} apart, {cfg.num_workers} workers"
     return f"{clips}, from {cfg.data_path or f'{cfg.files} files of each kind, made for this run'}"
 
@@ -56,7 +61,9 @@ def benchmark(cfg: ReadingBenchmark) -> dict[str, Any]:
     """The metrics of each way to read data_path; without one, those for each kind of files that are made."""
     cfg = replace(cfg, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))  # clips alone
     machine, metrics = describe_machine(torch.device("cpu")), {}
-    if cfg.data_path:
+    if cfg.verify:
+        metrics = verify(cfg)
+    elif cfg.data_path:
         metrics = time_ways(cfg, "")
     else:
         for suffix, interval in product(ENCODERS, KEYFRAME_INTERVALS):
@@ -64,6 +71,15 @@ def benchmark(cfg: ReadingBenchmark) -> dict[str, Any]:
                 make_videos(Path(folder), suffix, interval, cfg.files)
                 made = replace(cfg, dataset="ffs", num_classes=None, data_path=folder)
                 metrics |= time_ways(made, f".{suffix}, a keyframe every {interval}: ")
+        if cfg.minutes:
+            with TemporaryDirectory() as folder:
+                make_long_video(Path(folder), cfg.minutes)
+                made = replace(cfg, dataset="ffs", num_classes=None, data_path=folder, video_index_path=None)
+                clips = get_dataset(made, take_corner if cfg.reader_only else square)
+                anew = copy.copy(clips)
+                anew.read = read_anew
+                ways = {"its index made for each clip": Way(anew), "its index kept": Way(clips)}
+                metrics |= time_ways(made, f".mp4 of {cfg.minutes} minutes: ", ways)
     return {"machine": machine, "options": to_yaml(cfg), "ways": metrics}
 
 
@@ -81,9 +97,75 @@ def make_videos(folder: Path, suffix: str, keyframe_interval: int, num_files: in
     parts.unlink()
 
 
-def time_ways(cfg: ReadingBenchmark, prefix: str) -> dict[str, dict[str, Any]]:
+def make_long_video(folder: Path, minutes: int) -> None:
+    """Writes one file of that length, in which the nine demo clips of a short one repeat."""
+    make_videos(folder, "mp4", KEYFRAME_INTERVALS[0], 1)
+    source, frames = folder / "0.mp4", minutes * 60 * 25
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-stream_loop", "-1", "-i", source, "-c", "copy"]
+    subprocess.run([*map(str, command), "-frames:v", str(frames), str(folder / "long.mp4")], check=True)
+    source.unlink()
+
+
+def read_anew(path: Path, choose: Choose) -> torch.Tensor:
+    """The chosen frames, without an index from before."""
+    forget_indices()
+    return read_video(path, choose)
+
+
+def verify(cfg: ReadingBenchmark) -> dict[str, dict[str, Any]]:
+    """Compares all frames of the videos in data_path with plain decoding, for each reader.
+
+    Each reader seeks to each piece of a video, so that its seeking is compared, too.
+
+    Returns:
+        For each reader: files, frames and wrong frames; for decord also the files that PyAV reads in its place.
+
+    Raises:
+        UserError: frames differ; the error names the files.
+    """
+    counts = {name: {"files": 0, "frames": 0, "wrong": 0, "by_pyav": 0} for name in READERS}
+    wrong: list[str] = []
+    for path in tqdm(get_dataset(cfg).paths, unit="video"):
+        for name, count in counts.items():
+            try:
+                bad, frames = compare_with_decoding(path, name, cfg)
+            except (BadClip, av.FFmpegError, OSError) as error:
+                tqdm.write(f"skipped {path}: {error}")
+                break
+            count["files"] += 1
+            count["frames"] += frames
+            count["wrong"] += bad
+            count["by_pyav"] += name == "decord" and reader_used(path) != "read by decord"
+            wrong += [f"{path}: {bad} of {frames} frames by {name}"] * bool(bad)
+    if wrong:
+        raise UserError(f"data_path: frames differ from plain decoding: {summary(wrong)}")
+    return counts
+
+
+def compare_with_decoding(path: Path, reader: str, cfg: ReadingBenchmark) -> tuple[int, int]:
+    """Returns how many frames of a video a reader reads wrongly, and how many it has; frames in excess are wrong."""
+    with av.open(str(path)) as container:
+        index = find_index(container, cfg.video_index_path or None)
+        to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
+    bad = start = 0
+    with av.open(str(path)) as container:
+        plain = map(to_pixels, decode_in_order(container, index.stream, skip_broken=index.clock == "count"))
+        while start < len(index):
+            piece = range(start, min(start + PIECE, len(index)))
+            frames = read_video(path, lambda _, piece=piece: piece, reader).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+            expected = list(islice(plain, len(frames)))
+            bad += sum(not np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=False))
+            bad += len(frames) - len(expected)
+            start += PIECE
+        bad += sum(1 for _ in plain)
+    return bad, len(index)
+
+
+def time_ways(cfg: ReadingBenchmark, prefix: str, ways: dict[str, Way] | None = None) -> dict[str, dict[str, Any]]:
     """Clips per second of each way, and its speed-up over the first, both medians; `prefix` begins the names."""
-    seconds = take_turns(make_ways(cfg), cfg.epochs, lambda way, epoch: read_epoch(way, cfg, epoch))  # of a clip
+    seconds = take_turns(
+        ways or make_ways(cfg), cfg.epochs, lambda way, epoch: read_epoch(way, cfg, epoch)
+    )  # of a clip
     first = next(iter(seconds.values()))
     return {
         prefix + name: {

@@ -28,7 +28,7 @@ INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "loader_timeout", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames",
     "gradient_checkpointing", "use_compile", "attention_mode", "in_channels", "max_bad_steps",
-    "max_bad_fraction",
+    "max_bad_fraction", "video_index_path",
     "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips", "log_snrs",
     "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache", "recipe", "recipe_anyway",
 }  # fmt: skip
