@@ -8,7 +8,7 @@
 The same command continues where it was interrupted. All that is random (timesteps, noise, label drop, crops) comes from
 generators named by the seed and the number of the clip: a run depends neither on how many processes share it nor on how
 often it was interrupted, and has no generator's state to save. Weights appear as `{run}/checkpoints/{step:07d}.pt` =
-{ema, model}.
+{ema, model, options}.
 Letters: B clips of a process, f frames and C channels of a clip's latents, K stills.
 """
 
@@ -23,7 +23,6 @@ if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
 import math
-from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,11 +33,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 from datasets import ClipSampler, get_dataset, load_batches
 from datasets.latents import check_latents
 from diffusion import Diffusion, make_diffusion
+from models import made_of
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import save_checkpoint
 from models.hardware import local_device
@@ -53,6 +54,7 @@ class TrainState:
 
     latte: Latte
     ema: AveragedModel
+    ema_update: training.EmaUpdate
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # with fp16
     meter: training.Meter
@@ -77,17 +79,16 @@ def restore(state: TrainState, saved: dict[str, Any], cfg: TrainConfig, run: Pat
                 values[name] = value.clone()  # on a CPU, the optimizer has taken the tensors that lie in the file
     if state.scaler and saved.get("scaler"):
         state.scaler.load_state_dict(saved["scaler"])
+    state.ema_update.warms_up = saved.get("ema_warms_up", False)  # older runs go on as they began
     state.step, state.consumed, state.meter.losses = saved["step"], saved["consumed"], saved["losses"]
 
 
-def save(
-    state: TrainState, cfg: TrainConfig, log: runs.RunLog, classes: Sequence[str] | None, checkpoint: bool
-) -> None:
-    """Writes the resume state and, with `checkpoint`, the weights for sampling."""
+def save(state: TrainState, cfg: TrainConfig, log: runs.RunLog, options: dict[str, Any], checkpoint: bool) -> None:
+    """Writes the resume state and, with `checkpoint`, the weights for sampling, with the `options` that made them."""
     weights = state.latte.state_dict()
     if checkpoint:
         path = log.run / "checkpoints" / f"{state.step:07d}.pt"
-        save_checkpoint(path, ema=state.ema.module.state_dict(), model=weights)
+        save_checkpoint(path, ema=state.ema.module.state_dict(), model=weights, options=options | {"step": state.step})
     runs.save_state(
         log.run,
         state.step,
@@ -98,7 +99,8 @@ def save(
         consumed=state.consumed,
         losses=state.meter.losses,
         scaler=state.scaler.state_dict() if state.scaler else None,
-        classes=classes,
+        ema_warms_up=state.ema_update.warms_up,
+        classes=options["class_names"],
     )
     log.print(f"step {state.step}: saved")
 
@@ -197,15 +199,18 @@ def train(cfg: TrainConfig) -> None:
 
     # Model
     latte = training.create_model(cfg, device)
+    ema_update = training.EmaUpdate(cfg.ema_decay)
     trained = [p for p in latte.parameters() if p.requires_grad]
     state = TrainState(
         latte=latte,
-        ema=AveragedModel(latte, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)),
+        ema=AveragedModel(latte, multi_avg_fn=ema_update),
+        ema_update=ema_update,
         optimizer=training.create_optimizer(cfg, latte),
         scaler=accelerator.scaler,
         meter=training.Meter(step_clips, cfg.max_train_steps),
     )
     cfg = training.settle_statistics(cfg, log, dataset, codec, device)
+    options = made_of(cfg, dataset.classes, ema_decay=cfg.ema_decay)
     if saved:
         restore(state, saved, cfg, log.run)
         del saved
@@ -231,10 +236,11 @@ def train(cfg: TrainConfig) -> None:
 
     def save_last_step() -> None:
         if is_main and state.step > runs.last_saved_step(log.run) and not guard.bad_steps:
-            save(state, cfg, log, dataset.classes, checkpoint=False)
+            save(state, cfg, log, options, checkpoint=False)
 
     state.meter.start(state.step)
-    with stop, closing(batches), training.ending_whole(stop, log, save_last_step):
+    bar = tqdm(total=cfg.max_train_steps, initial=state.step, unit="step", disable=None if is_main else True)
+    with stop, bar, closing(batches), training.ending_whole(stop, log, save_last_step):
         for step in range(state.step + 1, cfg.max_train_steps + 1):
             # Forward and backward
             loss = torch.zeros((), device=device)
@@ -258,6 +264,7 @@ def train(cfg: TrainConfig) -> None:
                 state.meter.losses.append(loss)
             state.optimizer.zero_grad(set_to_none=True)
             state.step, state.consumed = step, state.consumed + step_clips
+            bar.update()
 
             # Report
             finished = step == cfg.max_train_steps
@@ -273,10 +280,11 @@ def train(cfg: TrainConfig) -> None:
             # Save
             checkpoint = finished or (step % cfg.ckpt_every == 0 and not guard.bad_steps)  # no diverged weights
             if is_main and (checkpoint or stopping):
-                save(state, cfg, log, dataset.classes, checkpoint)
+                save(state, cfg, log, options, checkpoint)
             if stopping:
                 log.print(stop.FAREWELL)
                 break
+    log.finish()
     accelerator.end_training()
 
 

@@ -7,14 +7,14 @@ command line override the YAML file. YAML files of the original Latte and Skip-D
 
 import math
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.errors import UserError, choice, suggest_option
-from configs.original import translate
+from configs.original import INERT, translate
 from configs.values import nest, parse, read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # relative paths in a YAML file start here
@@ -238,6 +238,10 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     ckpt: str | None = option(None, "weights: .pt (ema | model | bare) or .safetensors", path=True)
     save_video_path: str = option("./sample_videos/", "the output folder", path=True)
     seed: int = option(0, "the first seed; clip i has seed + i")
+    weights: str = option("ema", "which weights of a .pt; model: not averaged", choices=("ema", "model"))
+    class_names: list[str] | None = option(
+        None, "names of the classes by label; empty: those in the weights, or those of data_path"
+    )
     sample_names: list[Any] | None = option(None, "sample.py: classes by index or name; empty: every class")
     samples_per_class: int = option(1, "sample.py: clips per class", least=1)
     dataset: str | None = option(None, "the data set that names the classes: ucf101, or any training set")
@@ -356,6 +360,9 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
     use_compile: bool = option(False, "torch.compile the blocks")
     global_seed: int = option(3407, "seed of all randomness", least=0)
     log_every: int = option(100, "steps between report lines", least=1)
+    report_to: str = option(
+        "tensorboard", "where curves go, beside log.jsonl", choices=("tensorboard", "wandb", "none")
+    )
     ckpt_every: int = option(10_000, "steps between checkpoints", least=1)
     preview_every: int = option(0, "steps between preview videos from the EMA, uncached and cached; 0: none", least=0)
     preview_clips: int = option(4, "clips per preview", least=1)
@@ -378,11 +385,17 @@ class TrainConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOpt
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    schema: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
     """Returns the options of `schema`: defaults, overridden by the YAML file, overridden by `key=value` pairs.
 
     Args:
         overrides: pairs such as `seed=3`, or `cache.interval=2` for a nested option.
+        defaults: values in place of the schema's own defaults, taken as they are.
 
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the error suggests the nearest valid one), or
@@ -394,7 +407,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     if "interval" in (cache := changes.get("cache") or {}):  # in place of the file's list
         cache.setdefault("full_steps", None)
     _anchor_paths(schema, changes, Path.cwd())
-    config = _build(schema, values, changes)
+    config = _build(schema, dict(defaults or {}), values, changes)
     _anchor_paths(schema, vars(config), ROOT)
     if getattr(config, "extras", None) == 1:
         config.num_classes = None  # the original's files set it even then; the rest of the code ignores `extras`
@@ -473,6 +486,10 @@ def _read_values(schema: type, texts: dict[str, Any], source: str, group: str = 
         group: what stands before the names of nested options in errors.
     """
     options = {each.name: each for each in fields(schema)}
+    if issubclass(schema, SampleConfig) and source != COMMAND_LINE:  # a run's own file samples, too
+        training = {each.name for each in fields(TrainConfig)} - options.keys()
+        training -= set() if "results_dir" in texts else INERT.keys()
+        texts = {key: text for key, text in texts.items() if key not in training}
     texts, values = nest(translate(texts, options, source)), {}
     for key, text in texts.items():
         if key not in options:

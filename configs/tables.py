@@ -1,4 +1,4 @@
-"""Tables as Markdown, padded so that the source is legible too, and as CSV."""
+"""Tables as Markdown, padded so that the source is legible too, and as CSV; durations in words."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -30,3 +30,12 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """Returns a length of time in its two largest units, such as 42 s, 2 min 42 s, 3 h 5 min or 2 d 4 h."""
+    total = round(seconds)
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if total >= size:
+            return f"{total // size} {unit} {total % size // part} {smaller}"
+    return f"{total} s"

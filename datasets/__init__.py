@@ -164,7 +164,11 @@ def _labelled_clips(
 
 
 def class_names(args: Any) -> list[str] | None:
-    """Returns the class names by label, from data_path's class folders or UCF101's list; None if neither fits."""
+    """Returns the class names by label: class_names, data_path's class folders or UCF101's list; None if none fits."""
+    if getattr(args, "class_names", None):
+        if len(args.class_names) != args.num_classes:
+            raise UserError(f"class_names: {len(args.class_names)} names, but num_classes is {args.num_classes}")
+        return list(args.class_names)
     if args.num_classes and args.data_path and Path(args.data_path).is_dir():
         names = class_folders(Path(args.data_path))
         if len(names) == args.num_classes:

@@ -1,10 +1,12 @@
 """Models by name: `get_models(args)`."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from configs import UserError
+from configs import ROOT, DiffusionOptions, ModelOptions, UserError
 from models.latte import Latte, check_dimensions
 from models.vaes import vae_spec
 
@@ -16,6 +18,11 @@ SIZES = {  # depth, hidden_size, num_heads
 }
 PATCH_SIZES = (2, 4, 8)
 PARTIAL_SKIPS = 2  # num_skips of the original's LatteIMG-skip-partial
+
+MADE_OF = [each.name for group in (ModelOptions, DiffusionOptions) for each in fields(group)]
+MADE_OF = [name for name in MADE_OF if name not in ("extras", "attention_mode")]  # what weights say of themselves
+HINTS = ["dataset", "class_names", "pretrained_model_path", "vae"]  # of which sampling may use others
+NAMED = ("depth", "hidden_size", "num_heads", "patch_size", "num_skips")  # dimensions that a model's name stands for
 
 NAMES = (
     f"Latte-{{{','.join(SIZES)}}}/{{{','.join(map(str, PATCH_SIZES))}}}[-skip[-cache[-N]]], "
@@ -98,3 +105,37 @@ def model_dimensions(args: Any) -> dict[str, Any]:
     )
     check_dimensions(**dimensions)
     return dimensions
+
+
+def made_of(args: Any, class_names: Sequence[str] | None, **facts: Any) -> dict[str, Any]:
+    """Returns the options of a training as its weights carry them, in plain values.
+
+    They are MADE_OF, HINTS, `facts`, and as `latte` the arguments of Latte. A path inside the repository is relative.
+    """
+    options = {key: getattr(args, key, None) for key in HINTS} | _model_and_process(args) | facts
+    options["latte"] = model_dimensions(args)
+    options["class_names"] = None if class_names is None else list(class_names)
+    folder = Path(options["pretrained_model_path"] or "")
+    if folder.is_relative_to(ROOT):
+        options["pretrained_model_path"] = str(folder.relative_to(ROOT))
+    return options
+
+
+def check_made_of(args: Any, options: Mapping[str, Any], ckpt: Any, source: Callable[[str], str] | None = None) -> None:
+    """Raises UserError if `args` contradicts the options that the weights at `ckpt` carry; the error names both.
+
+    Args:
+        source: from an option to where its value comes from.
+    """
+    ours = _model_and_process(args)
+    differ = [key for key in MADE_OF if key in options and key != "model" and ours[key] != options[key]]
+    if differ:
+        given = {key: f"{key}={ours[key]}" + (f" ({source(key)})" if source else "") for key in differ}
+        pairs = "; ".join(f"{text}, not {options[key]}" for key, text in given.items())
+        raise UserError(f"{ckpt} was trained with other options than {pairs}: leave them out")
+
+
+def _model_and_process(args: Any) -> dict[str, Any]:
+    """Returns the options in MADE_OF; those that the model's name or the VAE stand for are spelled out."""
+    dimensions = {key: value for key, value in model_dimensions(args).items() if key != "num_frames"}  # latent frames
+    return {key: dimensions.get(key, getattr(args, key, None)) for key in MADE_OF}

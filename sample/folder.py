@@ -24,7 +24,7 @@ INCIDENTAL = {  # options that two runs with the same clips may set differently
     "ckpt", "pretrained_model_path", "vae",  # the hashes of the files are compared
     "save_video_path", "num_fvd_samples", "per_proc_batch_size", "vae_chunk_frames", "attention_mode", "use_compile",
     "use_fp16",  # resolved into precision
-    "dataset", "data_path", "sample_names", "samples_per_class",
+    "dataset", "data_path", "class_names", "sample_names", "samples_per_class",
     "recipe", "recipe_anyway",  # the hash of the file is compared
 }  # fmt: skip
 

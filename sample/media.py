@@ -3,8 +3,10 @@
 import math
 import shutil
 import subprocess
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -48,6 +50,26 @@ def save_grid(path: str | Path, videos: Tensor, fps: float, columns: int | None 
     rows = padded.unflatten(0, (-1, columns))  # (R, K, F, 3, H, W)
     grid = rows.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)  # (F, 3, R*H, K*W)
     save_video(path, _enlarge(grid, scale), fps)
+
+
+class Inline:
+    """Videos side by side that a notebook shows and plays: the last value of a cell, or display(Inline(videos)).
+
+    Args:
+        videos: (B, F, 3, H, W), or one video (F, 3, H, W).
+        fps: frames per second.
+        scale: a whole number by which videos are enlarged.
+    """
+
+    def __init__(self, videos: Tensor, fps: float = 8, scale: int = 1):
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "videos.mp4")
+            save_grid(path, videos if videos.ndim == 5 else videos[None], fps, scale=scale)
+            self.mp4 = path.read_bytes()
+
+    def _repr_html_(self) -> str:
+        data = b64encode(self.mp4).decode()
+        return f'<video autoplay loop muted controls src="data:video/mp4;base64,{data}"></video>'
 
 
 def save_contact_sheet(

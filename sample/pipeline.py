@@ -1,33 +1,37 @@
 """The sampling pipeline: `generate` makes videos from seeds and labels.
 
-    cfg = resolve(load_config(SampleConfig, "configs/demo/demo_sample.yaml"), device)
-    pipe = load(cfg, device)
-    videos = generate(pipe, seeds=[0, 1], labels=[3, 5])  # (2, F, 3, H, W) in [-1, 1]
+    pipe = load("pretrained/demo", sample_method="ddim", num_sampling_steps=50, cfg_scale=2.5)
+    videos = generate(pipe, seeds=[0, 1], labels=["Cup", 5], plan="N2-o1")  # (2, F, 3, H, W) in [-1, 1]
 
 Letters: B batch, F frames; of the latents f frames, C channels, h, w (models/vaes.py).
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs import SampleConfig, check_options, require_path
+from configs import CacheOptions, SampleConfig, check_options, require_path
 from configs.errors import UserError
+from configs.files import flatten
+from datasets import class_index, class_names
 from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import linear_multistep
-from models import get_models, model_dimensions
+from models import check_made_of, get_models, model_dimensions
 from models.autoencoder import LatentCodec, load_codec
-from models.checkpoint import load_checkpoint
-from models.hardware import DTYPES, choose_precision, fastest_attention
+from models.checkpoint import load_checkpoint, load_options
+from models.hardware import DTYPES, choose_precision, default_device, fastest_attention
 from models.latte import Latte
 from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
-from sample.plans import UNCACHED, Plan, make_plan
+from sample.options import DEMO, load_sampling
+from sample.plans import UNCACHED, Plan, make_plan, parse_plan
 from sample.recipes import check_recipe
 
 WARM_UP_STEPS = 4
@@ -71,15 +75,39 @@ class Pipeline:
     steps: tuple[Callable, Callable] = (full_step, cached_step)  # or their compiled forms, for SkipCache
 
 
-def load(cfg: SampleConfig, device: torch.device) -> Pipeline:
-    """Returns the pipeline of resolved options, with the checkpoint and the VAE on `device`."""
+def load(source: SampleConfig | str | Path, device: torch.device | str | None = None, **options: Any) -> Pipeline:
+    """Returns a pipeline, with the checkpoint and the VAE on `device`.
+
+    Args:
+        source: a checkpoint, a folder of `save_pretrained`, a YAML file, or resolved options.
+        device: None: the first GPU, or the CPU.
+        options: of sampling, in place of those of the YAML file; `cache` may be a plan as --cache takes it.
+
+    Raises:
+        UserError: a file is missing, or options contradict the weights or each other.
+    """
+    device = default_device() if device is None else torch.device(device)
+    if isinstance(source, SampleConfig):
+        cfg = replace(source, **options)
+    else:
+        is_yaml = Path(source).suffix in (".yaml", ".yml")
+        if isinstance(options.get("cache"), str):
+            options["cache"] = asdict(parse_plan(options["cache"]))
+        options = flatten(options if is_yaml else {"ckpt": str(source)} | options)
+        overrides = [
+            f"{k}={value if isinstance(value, str) else json.dumps(value, default=str)}" for k, value in options.items()
+        ]
+        cfg = resolve(load_sampling(SampleConfig, source if is_yaml else DEMO, overrides), device)
     if cfg.recipe:
         check_recipe(cfg)
     checkpoint, codec = require_path(cfg, "ckpt"), load_codec(cfg, device)
+    made_of = load_options(checkpoint)
+    check_made_of(cfg, made_of, checkpoint)
     with torch.device("meta"):  # skips initialization: the checkpoint has all weights
         model = get_models(cfg)
     model = model.to(DTYPES[cfg.precision]).to_empty(device=device)
-    load_checkpoint(model, checkpoint)
+    load_checkpoint(model, checkpoint, weights=cfg.weights)
+    model.options = made_of
     model.eval().requires_grad_(False)
     model.set_attention(cfg.attention_mode)
     return Pipeline(
@@ -106,11 +134,47 @@ def shortened(pipe: Pipeline, plan: Plan) -> Pipeline:
     return with_options(pipe, num_sampling_steps=WARM_UP_STEPS, cache=cache)
 
 
+def choose_plan(pipe: Pipeline, plan: "Plan | str | Path | Sequence[int] | None") -> Plan:
+    """Returns the plan that `plan` describes for the pipeline.
+
+    Args:
+        plan: "N2-o1" or "0,1,4" as --cache takes it, the path of a recipe (*.json), a list of the numbers of the full
+            steps, a list of a bool for each step, or None for the pipeline's own plan.
+    """
+    if plan is None or isinstance(plan, Plan):
+        return plan or pipe.plan
+    if isinstance(plan, str | Path):
+        if Path(plan).suffix != ".json":
+            return make_plan(pipe.cfg, parse_plan(str(plan)))
+        cfg = replace(pipe.cfg, recipe=str(plan))
+        check_recipe(cfg)
+        return make_plan(cfg)
+    steps = list(plan)
+    if steps and all(isinstance(step, bool) for step in steps):
+        if len(steps) != pipe.diffusion.num_timesteps:
+            raise UserError(f"plan: {len(steps)} steps, but the run has {pipe.diffusion.num_timesteps}")
+        steps = [number for number, full in enumerate(steps) if full]
+    return make_plan(pipe.cfg, CacheOptions(full_steps=steps))
+
+
+def choose_labels(pipe: Pipeline, seeds: Sequence[int], labels: Sequence[int | str] | None) -> list[int] | None:
+    """Returns the labels of classes that are given by index or name; UserError if they do not suit model or seeds."""
+    num_classes = pipe.model.num_classes
+    if labels is None or num_classes is None:
+        if labels is not None or num_classes is not None:
+            raise UserError(f"labels: {'leave them out: this model has no classes' if labels else 'give one a seed'}")
+        return None
+    if len(labels) != len(seeds):
+        raise UserError(f"labels: {len(labels)} for {len(seeds)} seeds; give one for each")
+    names = class_names(pipe.cfg) if any(isinstance(label, str) for label in labels) else None
+    return [class_index(label, names, num_classes) for label in labels]
+
+
 def generate(
     pipe: Pipeline,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    plan: Plan | None = None,
+    labels: Sequence[int | str] | None = None,
+    plan: "Plan | str | Path | Sequence[int] | None" = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Returns videos (B, F, 3, H, W) in [-1, 1]; the arguments are those of `sample_latents`."""
@@ -120,22 +184,25 @@ def generate(
 def sample_latents(
     pipe: Pipeline,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    plan: Plan | None = None,
+    labels: Sequence[int | str] | None = None,
+    plan: "Plan | str | Path | Sequence[int] | None" = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Returns latents (B, f, C, h, w) in fp32, one clip per seed. A clip does not depend on the rest of the batch.
 
     Args:
-        labels: one per seed; None for an unconditional model.
-        plan: None: the pipeline's. A seed draws the same noise with every plan.
+        labels: a class per seed, its index or name; None for an unconditional model.
+        plan: see `choose_plan`. A seed draws the same noise with every plan.
         on_step: called after each step, for a progress bar.
 
     Raises:
-        UserError: latents are not finite.
+        UserError: seeds, labels or the plan make no sense, or latents are not finite.
     """
-    cfg, model, plan = pipe.cfg, pipe.model, plan or pipe.plan
-    generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
+    cfg, model, plan = pipe.cfg, pipe.model, choose_plan(pipe, plan)
+    if not len(seeds) or not all(-(2**63) <= seed < 2**64 for seed in seeds):
+        raise UserError(f"seeds: {list(seeds)[:3]}; give a list of integers of 64 bits")
+    labels = choose_labels(pipe, seeds, labels)
+    generators = [torch.Generator(pipe.device).manual_seed(int(seed)) for seed in seeds]
     y = None if labels is None else torch.tensor(labels, device=pipe.device)  # (B,)
 
     diffusion = pipe.diffusion

@@ -73,7 +73,8 @@ class Recipe:
 
 def fingerprint(cfg: SampleConfig) -> dict[str, Any]:
     """What a recipe for resolved options depends on: the hash of the weights, and the options in MADE_FOR."""
-    return {"checkpoint": weights_hash(require_path(cfg, "ckpt"))} | {key: getattr(cfg, key) for key in MADE_FOR}
+    checkpoint = weights_hash(require_path(cfg, "ckpt"), cfg.weights)
+    return {"checkpoint": checkpoint} | {key: getattr(cfg, key) for key in MADE_FOR}
 
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:

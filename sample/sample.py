@@ -43,7 +43,7 @@ from sample.folder import earlier_record, make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
 from sample.pipeline import Pipeline, load, sample_latents, shortened
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
-from sample.similarity import psnr, ssim
+from sample.similarity import doubts, psnr, ssim
 
 MAX_COMPARED = 8  # clips in compare.mp4 and compare.png
 
@@ -205,10 +205,13 @@ def main() -> None:
     runs = sample_all(load(cfg, device), clips, plans, folder)
     report = [summarize(run, runs[0]) for run in runs]
     write_grids(folder, cfg, clips, runs)
-    write_json(folder / SAMPLE_RECORD, record | {"runs": report})
+    cached = [value for run in report if run["plan"]["cached_steps"] for value in run.get("psnr_clips", [])]
+    notes = doubts(torch.cat(runs[0].videos), cached) if args.compare else []
+    write_json(folder / SAMPLE_RECORD, record | {"runs": report, "notes": notes})
     if args.compare:
         print(f"\n{comparison(report)}")
         print(f"seconds of all {len(clips)} clips, speed-up per batch (median), on {record['machine']}")
+        print("".join(f"note: {note}\n" for note in notes), end="")
     print(f"videos: {cfg.save_video_path}")
 
 

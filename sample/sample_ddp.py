@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from configs.files import write_json
+from configs.tables import duration
 from sample import DDP_RECORD
 from sample.distributed import Environment, distributed
 from sample.folder import labels_of, open_folder, video_path
@@ -74,7 +75,7 @@ def main() -> None:
             record = json.loads((folder / DDP_RECORD).read_text())
             record["runs"].append({"clips": len(missing), "processes": env.world_size, "seconds": seconds})
             write_json(folder / DDP_RECORD, record)
-            print(f"{len(missing)} clips in {seconds:.0f} s")
+            print(f"{len(missing)} clips in {duration(seconds)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """PSNR and SSIM of two videos."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 PSNR_LIMIT = 100.0  # dB; that of equal clips, so that means are finite
 SSIM_BORDER = 5  # half of SSIM's window of 11 pixels: nearer to the edge, the window would need padding
+
+FLAT = 0.02  # standard deviation of a clip in [-1, 1], 2.5 of 255 grey levels, below which it shows nothing
+TOO_ALIKE = 80.0  # dB; pixels rounded to 8 bits are 59 dB from themselves
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -32,3 +37,13 @@ def ssim(a: Tensor, b: Tensor) -> float:
     _, full = structural_similarity_index_measure(x, y, data_range=1.0, return_full_image=True)  # (F, 3, H, W)
     inside = slice(SSIM_BORDER, -SSIM_BORDER)  # torchmetrics pads the border by reflection, and counts it
     return full[..., inside, inside].mean().item()
+
+
+def doubts(references: Iterable[Tensor], psnrs: Iterable[float]) -> list[str]:
+    """Returns why similarities to reference clips (F, 3, H, W) tell nothing of a cache, a sentence each; often none."""
+    references, alike = list(references), sum(value >= TOO_ALIKE for value in psnrs)
+    flat = sum(clip.std().item() < FLAT for clip in references)
+    hint = "the model may be untrained, or its average young: weights=model samples the weights themselves"
+    found = [f"{flat} of {len(references)} uncached clips are nearly of one color"] * bool(flat)
+    found += [f"{alike} cached clips are those of the uncached run to {TOO_ALIKE:g} dB"] * bool(alike)
+    return [f"{each}, so PSNR and SSIM say nothing of the cache; {hint}" for each in found]

@@ -13,6 +13,7 @@ from configs import UserError
 from configs.files import write_json
 from models.hardware import describe_machine
 from sample import media
+from sample.similarity import doubts
 
 
 def gradient(num_videos: int, frames: int, height: int, width: int) -> torch.Tensor:
@@ -98,3 +99,13 @@ def test_records(tmp_path):
     assert json.loads((tmp_path / "folder" / "a.json").read_text()) == {"seconds": 1.5}
     machine = describe_machine(torch.device("cpu"))
     assert torch.__version__ in machine and f"{torch.get_num_threads()} threads" in machine and "\n" not in machine
+
+
+def test_similarity_to_clips_that_show_nothing_is_doubted():
+    """A reference of one color, and cached clips equal to it, as an untrained model gives them."""
+    clip = torch.linspace(-1, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
+    assert doubts([clip, clip], [38.0, 59.0]) == []
+    (flat,) = doubts([clip, clip * 0.01], [40.0])
+    assert flat.startswith("1 of 2 uncached clips are nearly of one color, so PSNR and SSIM say nothing of the cache")
+    (alike,) = doubts([clip], [100.0, 81.0, 40.0])
+    assert alike.startswith("2 cached clips are those of the uncached run to 80 dB") and "weights=model" in alike

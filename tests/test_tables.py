@@ -1,6 +1,8 @@
 """configs/tables.py: tables that a Markdown reader and a person at a terminal can both read."""
 
-from configs.tables import csv_table, markdown_table
+import pytest
+
+from configs.tables import csv_table, duration, markdown_table
 
 
 def test_cells_are_aligned():
@@ -38,3 +40,12 @@ def test_a_narrow_table_still_has_a_ruler_of_three():
 def test_csv_has_a_column_for_each_title_of_any_row():
     rows = [{"run": "a", "fvd": 1.5}, {"run": "b, c", "fid": 2}]
     assert csv_table(rows) == 'run,fvd,fid\na,1.5,\n"b, c",,2\n'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (163.7, "2 min 44 s"), (3600, "1 h 0 min"), (11105, "3 h 5 min"),
+     (86399.7, "1 d 0 h"), (187200, "2 d 4 h")],
+)  # fmt: skip
+def test_durations_are_in_words(seconds, text):
+    assert duration(seconds) == text

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -31,8 +32,10 @@ from models.autoencoder import LatentCodec
 from models.latte import init_skips_as_identity
 from models.skip_cache import StaleFeatures
 from sample.distributed import Environment
+from tools.common import training
 from tools.common.runs import RunLog
 from tools.common.training import (
+    EmaUpdate,
     StepGuard,
     check_same_clips,
     check_training_options,
@@ -934,3 +937,92 @@ def test_previews_and_validation_look_on_and_change_nothing(tiny, latents, tmp_p
     errors = [validated[-1][f"x0_mse_{log_snr}"] for log_snr in range(-6, 7, 2)]
     assert validated[-1]["x0_mse"] == pytest.approx(sum(errors) / 7) and min(errors) > 0
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_the_average_warms_up():
+    """Decay min(beta, (1 + n) / (10 + n)) after n updates: 0.1, 2/11, ... up to beta."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    update = EmaUpdate(0.25)
+    average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=update)
+    average.update_parameters(module)  # copies
+    expected = module.weight.item()
+    for n, decay in enumerate([0.1, 2 / 11, 0.25, 0.25]):
+        module.weight.data.fill_(n + 1.0)
+        average.update_parameters(module)
+        expected = decay * expected + (1 - decay) * (n + 1.0)
+        assert average.module.weight.item() == pytest.approx(expected)
+
+
+def test_a_short_run_has_an_average_that_is_trained(latents, tmp_path):
+    """At the default decay, 20 steps leave the average near the weights, not near the start."""
+    end = run(latents, tmp_path, ema_decay=0.9999, max_train_steps=20, ckpt_every=20)
+    name = "final_layer.linear.weight"  # 0 at the start
+    assert end["ema"][name].abs().mean() > 0.5 * end["model"][name].abs().mean() > 0
+
+
+def test_a_run_from_before_the_warm_up_goes_on_without_it(latents, tmp_path, monkeypatch):
+    """Bit for bit; its resume state has no word about a warm-up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(EmaUpdate, "warms_up", property(lambda self: False, lambda self, value: None), raising=False)
+        unbroken = run(latents, tmp_path / "old")
+        run(latents, tmp_path / "cut", max_train_steps=4)
+    path = next((tmp_path / "cut").glob("*/resume/0000004.pt"))
+    state = torch.load(path, weights_only=True)
+    assert state.pop("ema_warms_up") is False
+    torch.save(state, path)
+    assert_equal(run(latents, tmp_path / "cut"), unbroken)
+    assert next((tmp_path / "cut").glob("*/resume/0000006.pt")) and len(list((tmp_path / "cut").iterdir())) == 1
+
+
+def test_checkpoints_say_which_options_made_them(latents, tiny, tmp_path):
+    """The classes are those of the folders."""
+    end = run(latents, tmp_path, max_train_steps=2, pretrained_model_path=tiny.parent, prediction="v")
+    options = end["options"]
+    assert (options["prediction"], options["num_heads"], options["class_names"]) == ("v", 2, ["a", "b"])
+    assert (options["step"], options["ema_decay"], options["num_frames"]) == (2, 0.5, 4)
+    assert (options["dataset"], options["pretrained_model_path"]) == ("video_folder", str(tiny.parent))
+
+
+def test_curves_go_where_report_to_says(latents, tmp_path, monkeypatch):
+    """TensorBoard, Weights & Biases through accelerate, or neither; log.jsonl in any case."""
+    logged = []
+
+    class Run:
+        def log(self, values, step, **_):
+            logged.append((step, values["loss"]))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        logged.append((options["project"], options["name"], options["resume"]))
+        return Run()
+
+    monkeypatch.setattr(training, "is_wandb_available", lambda: False)
+    with pytest.raises(UserError, match="report_to: wandb is not installed: pip install wandb, or use"):
+        check_training_options(config(latents, tmp_path, report_to="wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for report_to in ("tensorboard", "wandb", "none"):
+        run(latents, tmp_path / report_to, report_to=report_to, max_train_steps=2)
+        folder = next((tmp_path / report_to).iterdir())
+        assert (folder / "tensorboard").is_dir() == (report_to == "tensorboard")
+        assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    project, *steps, end = logged
+    assert project == ("skip-dit", "000-Latte-skip-video_folder", "allow") and end == "finished"
+    assert steps == [(1, losses[0]), (2, losses[1])]
+
+
+def test_a_report_line_says_the_time_left_in_words(tmp_path, capsys):
+    log = RunLog(tmp_path, rank=0, report_to="none")
+    log.report(7, loss=0.25, hours_left=162 / 3600)
+    assert capsys.readouterr().out.endswith("] step 7  loss 0.25  2 min 42 s left\n")
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 7, "loss": 0.25, "hours_left": 162 / 3600}
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_progress_bar_on_a_terminal_only(latents, tmp_path, monkeypatch, capsys, on_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
+    run(latents, tmp_path, max_train_steps=2)
+    captured = capsys.readouterr()
+    assert ("2/2" in captured.err) == on_terminal and "step 2  " in captured.out

@@ -35,8 +35,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import SampleConfig, UserError, cli, load_config
-from sample.options import DEMO, file_checks
+from configs import SampleConfig, UserError, cli
+from sample.options import DEMO, file_checks, load_sampling
 from tools.recipes.options import CalibrateConfig
 
 parser = cli.Parser(__doc__, CalibrateConfig, DEMO)
@@ -156,7 +156,7 @@ def describe(cfg: CalibrateConfig) -> list[str]:
 def main() -> None:
     args = parser.parse_args()
     with distributed() as env:
-        cfg = load_config(CalibrateConfig, args.config, args.overrides)
+        cfg = load_sampling(CalibrateConfig, args.config, args.overrides)
         if cfg.target == "ddpm-250":
             cfg = replace(cfg, sample_method="ddpm", num_sampling_steps=250)
         cfg = resolve(replace(cfg, recipe=None), env.device)

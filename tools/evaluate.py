@@ -49,7 +49,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import UserError, cli, load_config
-from sample.options import DEMO, file_checks
+from sample.options import file_checks
 from tools.metrics.options import DETECTOR_OF, DETECTORS, KINDS, ONE_SIDED, OUTPUT_OF, EvaluateConfig
 from tools.metrics.protocols import fill_in, protocol_record
 
@@ -82,10 +82,10 @@ def prepare(cfg: EvaluateConfig) -> EvaluateConfig:
         raise UserError("data and real_path are the same option: give one of them")
     cfg = replace(cfg, real_path=cfg.real_path or cfg.data)
     if cfg.ckpt:
-        cfg = replace(cfg, generate=cfg.generate or DEMO, sample={**cfg.sample, "ckpt": cfg.ckpt})
-    if bool(cfg.fake_path) == bool(cfg.generate):
+        cfg = replace(cfg, sample={**cfg.sample, "ckpt": cfg.ckpt})
+    if bool(cfg.fake_path) == bool(cfg.generate or cfg.ckpt):
         raise UserError("give either fake_path=FOLDER or generate=YAML: the videos to evaluate")
-    if cfg.sample and not cfg.generate:
+    if cfg.sample and not (cfg.generate or cfg.ckpt):
         raise UserError("sample: these options are for generate=YAML, which is not given")
     return fill_in(cfg)
 
@@ -203,7 +203,7 @@ def main() -> None:
     cfg = prepare(load_config(EvaluateConfig, args.config, args.overrides))
     with distributed() as env:
         real = VideoFiles(cfg, "real_path", cfg.num_real, cfg.real_stride) if two_sided(cfg) else None
-        if cfg.generate:
+        if cfg.generate or cfg.ckpt:
             fake = SampledClips(cfg, env.device)
         else:
             fake = VideoFiles(cfg, "fake_path", cfg.num_fake, cfg.fake_stride)

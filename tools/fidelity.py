@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import UserError, cli, load_config, option
-from sample.options import DEMO, add_cache_flag
+from configs import UserError, cli, option
+from sample.options import DEMO, add_cache_flag, load_sampling
 from tools.metrics.options import MeasureConfig
 
 
@@ -59,7 +59,7 @@ from tools.recipes.candidates import ROUNDING, SOLVERS
 def main() -> None:
     args = parser.parse_args()
     with distributed() as env:
-        cfg = resolve(load_config(FidelityConfig, args.config, args.overrides), env.device)
+        cfg = resolve(load_sampling(FidelityConfig, args.config, args.overrides), env.device)
         twin = Cell(cfg.sample_method, cfg.num_sampling_steps, cfg.cfg_scale)
         cells = [twin.with_plan(text) for text in args.cache] or [twin.with_cache(cfg.cache)]
         if twin in cells:

@@ -47,9 +47,9 @@ from tqdm import tqdm
 from configs.tables import markdown_table
 from datasets import collate, get_dataset
 from diffusion import make_diffusion
-from models import get_models
+from models import check_made_of, get_models
 from models.autoencoder import load_codec, vae_file
-from models.checkpoint import count_skips, load_checkpoint
+from models.checkpoint import count_skips, load_checkpoint, load_options
 from models.hardware import default_device, fastest_attention
 from models.latte import Latte
 from tools.common.models import named_checkpoints
@@ -60,6 +60,7 @@ def load_model(cfg: HeldoutConfig, ckpt: str, device: torch.device) -> Latte:
     """The model of `cfg` with the weights and the number of skips of `ckpt`, in eval mode."""
     with torch.device(device):
         model = get_models(replace(cfg, num_skips=count_skips(ckpt)))
+    check_made_of(replace(cfg, num_skips=model.num_skips), load_options(ckpt), ckpt)
     load_checkpoint(model, ckpt)
     model.set_attention(fastest_attention(device, torch.float32))
     return model.eval()

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 
 from configs import ROOT, UserError, cli, load_config, option
 from configs.files import check_writable, write_text
+from configs.tables import duration
 from sample import SAMPLE_RECORD
 from tools.common.documents import data_uri, markdown, read_text, readable, tree
 
@@ -85,6 +86,8 @@ def training(folder: Path, max_clips: int) -> str:
     entries = [json.loads(line) for line in read_text(folder / LOG).splitlines() if line.endswith("}")]  # not cut short
     curves = {key: points for key in ("loss", "validation_loss") if (points := curve(entries, key))}
     last = {key: value for entry in entries for key, value in entry.items()}
+    if "hours_left" in last:
+        last["time left"] = duration(3600 * last.pop("hours_left"))
     steps: dict[int, dict[str, Path]] = {}
     for path in sorted((folder / "previews").glob("*-*.mp4"), reverse=True):  # the newest first, uncached before N2
         step, _, plan = path.stem.partition("-")

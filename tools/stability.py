@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import SampleConfig, UserError, cli, load_config, option, require_path
-from sample.options import DEMO, file_checks
+from configs import SampleConfig, UserError, cli, option, require_path
+from sample.options import DEMO, file_checks, load_sampling
 
 
 @dataclass(kw_only=True)
@@ -432,7 +432,7 @@ def summary_table(record: dict[str, Any]) -> str:
 def main() -> None:
     args = parser.parse_args()
     device = default_device()
-    cfg = load_config(StabilityConfig, args.config, ["precision=fp32", *args.overrides])
+    cfg = load_sampling(StabilityConfig, args.config, ["precision=fp32", *args.overrides])
     check_writable(cfg, "output", folder=True)
     plan, models = configure(cfg, args.model, device)
     lines = [

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import UserError, cli, load_config, option
-from sample.options import DEMO, add_cache_flag
+from configs import UserError, cli, option
+from sample.options import DEMO, add_cache_flag, load_sampling
 from tools.metrics.options import MeasureConfig
 
 
@@ -247,7 +247,7 @@ def label_points(axes: "Axes", texts: Sequence[tuple[float, float, str, str]]) -
 def main() -> None:
     args = parser.parse_args()
     with distributed() as env:
-        cfg = resolve(load_config(SweepConfig, args.config, args.overrides), env.device)
+        cfg = resolve(load_sampling(SweepConfig, args.config, args.overrides), env.device)
         cfg = replace(cfg, plans=args.cache or cfg.plans)
         plan_of = planner(cfg, env.device)
         tasks = with_controls(make_grid(cfg), plan_of)

@@ -1,25 +1,27 @@
 """Run folders of a training, `{results_dir}/{index:03d}-{model}-{dataset}/`: logs, and the states to resume from."""
 
+import hashlib
 import json
 import math
 import re
+import sys
 import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from configs import TrainConfig, UserError, absolute_path, load_config, to_yaml
 from configs.files import append_text, check_writable, differences, lock, write_text
+from configs.tables import duration
 from datasets import class_changes
 from models.checkpoint import save_checkpoint
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # Options that may change between a run and its continuation: they do not change what is learned (`vae` decides
 # in_channels). The exception is max_train_steps, where lr_schedule ends: the learning rate continues as if it had been
@@ -28,7 +30,7 @@ INCIDENTAL = {
     "resume_from_checkpoint", "results_dir", "max_train_steps",
     "num_workers", "loader_timeout", "log_every", "ckpt_every", "keep_resume_states", "vae_chunk_frames",
     "gradient_checkpointing", "use_compile", "attention_mode", "in_channels", "max_bad_steps",
-    "max_bad_fraction", "video_index_path",
+    "max_bad_fraction", "video_index_path", "report_to",
     "preview_every", "preview_clips", "validation_every", "validation_path", "validation_clips", "log_snrs",
     "sample_method", "num_sampling_steps", "eta", "cfg_scale", "cache", "recipe", "recipe_anyway",
 }  # fmt: skip
@@ -38,15 +40,18 @@ STATE = {"step", "model", "ema", "optimizer", "consumed", "losses"}  # what a re
 
 
 class RunLog:
-    """Lines to the terminal and to `log.txt`, metrics to `log.jsonl` and TensorBoard; silent on every rank but 0.
+    """Lines to the terminal and to `log.txt`, metrics to `log.jsonl` and a tracker; silent on every rank but 0.
+
+    Args:
+        report_to: the tracker, see TrainConfig.
 
     Raises:
         UserError: another living process writes this run.
     """
 
-    def __init__(self, run: Path, rank: int):
-        self.run, self.rank = run, rank
-        self.board: SummaryWriter | None = None
+    def __init__(self, run: Path, rank: int, report_to: str = "tensorboard"):
+        self.run, self.rank, self.report_to = run, rank, report_to
+        self.tracker: GeneralTracker | None = None
         self.first_step: int | None = None
         self.lock = None if rank else lock(run / ".lock")
         if not rank and not self.lock:
@@ -64,21 +69,36 @@ class RunLog:
         """Writes a line with the time in front."""
         if not self.rank:
             line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
-            print(line, flush=True)
+            tqdm.write(line)  # above a progress bar
+            sys.stdout.flush()
             append_text(self.run / "log.txt", line + "\n")
 
     def report(self, step: int, **metrics: float) -> None:
-        """Writes the metrics of a step: a line of text, a line of `log.jsonl`, and TensorBoard's scalars."""
+        """Writes the metrics of a step: a line of text, a line of `log.jsonl`, and the tracker's scalars."""
         if self.rank:
             return
-        self.print("  ".join([f"step {step}", *(f"{name} {value:.5g}" for name, value in metrics.items())]))
+        words = {name: f"{name} {value:.5g}" for name, value in metrics.items()}
+        if "hours_left" in metrics:
+            words["hours_left"] = f"{duration(3600 * metrics['hours_left'])} left"
+        self.print("  ".join([f"step {step}", *words.values()]))
         append_text(self.run / "log.jsonl", json.dumps({"step": step, **metrics}) + "\n")
-        if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
+        if self.report_to != "none":
+            self.tracker = self.tracker or self._start_tracker()
+            self.tracker.log(metrics, step=step)
 
-            self.board = SummaryWriter(self.run / "tensorboard", purge_step=self.first_step)  # hides later steps
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+    def finish(self) -> None:
+        """Hands over what the tracker still holds."""
+        if self.tracker:
+            self.tracker.finish()
+
+    def _start_tracker(self) -> GeneralTracker:
+        if self.report_to == "wandb":
+            name = hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+            tracker = WandBTracker("skip-dit", name=self.run.name, id=name, dir=str(self.run), resume="allow")
+        else:
+            tracker = TensorBoardTracker("tensorboard", str(self.run), purge_step=self.first_step)  # hides later steps
+        tracker.start()
+        return tracker
 
 
 def open_run(cfg: TrainConfig, rank: int) -> RunLog:
@@ -89,7 +109,7 @@ def open_run(cfg: TrainConfig, rank: int) -> RunLog:
         reason = "" if run else explain_new_run(cfg)
         found = [run or create_run(cfg), reason]
     run, reason = broadcast_object_list(found)
-    log = RunLog(run, rank)
+    log = RunLog(run, rank, cfg.report_to)
     if reason:
         log.print(reason)
     return log

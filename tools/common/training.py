@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_wandb_available
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from configs import SampleConfig, TrainConfig, UserError, cli, load_config, require_path, to_yaml
@@ -71,6 +72,8 @@ def check_training_options(cfg: TrainConfig) -> None:
         )
     if cfg.stale_features and cfg.use_image_num:
         raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
+    if cfg.report_to == "wandb" and not is_wandb_available():
+        raise UserError("report_to: wandb is not installed: pip install wandb, or use report_to=tensorboard")
     make_diffusion(cfg)
     vae = vae_spec(cfg)
     if cfg.use_image_num and not vae.causal:
@@ -258,6 +261,22 @@ def measure_statistics(
         sums.append(torch.stack([each.double().mean((0, 1, 3, 4)) for each in (mean, mean**2 + std**2)]))
     mean, square = torch.stack(sums).mean(0)  # (C,)
     return mean.tolist(), (square - mean**2).clamp(min=1e-12).sqrt().tolist()
+
+
+class EmaUpdate:
+    """The update of an AveragedModel, with decay min(beta, (1 + n) / (10 + n)) after n updates.
+
+    Without this warm-up, the average of a short run is mostly its first weights.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay  # beta
+        self.warms_up = True  # False in runs that began before there was a warm-up
+
+    def __call__(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged) - 1  # the first of `num_averaged` copies
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warms_up else self.decay
+        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from configs import SampleConfig, load_config, require_path
+from configs import SampleConfig, require_path
 from configs.errors import UserError
 from configs.files import file_hash, flatten
 from datasets.clips import find_frame_folders, find_videos
@@ -31,6 +31,7 @@ from models.hardware import timed
 from sample import DDP_RECORD
 from sample.folder import clips_of_one_plan, labels_of, make_record, video_path
 from sample.media import to_uint8
+from sample.options import DEMO, load_sampling
 from sample.pipeline import generate, load, resolve
 from sample.plans import make_plan
 from tools.metrics.options import ClipOptions, EvaluateConfig
@@ -192,7 +193,8 @@ class SampledClips:
         self.cfg, self.wanted, self.device = cfg, cfg.num_fake, device
         changes = flatten(cfg.sample).items()
         changes = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
-        self.sampling = resolve(load_config(SampleConfig, require_path(cfg, "generate"), changes), device)
+        path = require_path(cfg, "generate") if cfg.generate else DEMO
+        self.sampling = resolve(load_sampling(SampleConfig, path, changes), device)
         self.plan = make_plan(self.sampling)
         self.seconds: list[float] = []  # of a clip, sampled and decoded, by batch
         seeds = range(self.sampling.seed, self.sampling.seed + cfg.num_fake)

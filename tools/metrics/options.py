@@ -117,7 +117,7 @@ class EvaluateConfig(ClipOptions, DetectorFiles):
     """The evaluation: metrics, samples and detectors."""
 
     data: str | None = option(None, "the same as real_path", path=True)
-    ckpt: str | None = option(None, "a checkpoint to sample; generate: the demo's YAML, if not given", path=True)
+    ckpt: str | None = option(None, "a checkpoint to sample, by the options in it where generate gives none", path=True)
     metrics: str = option("fvd", f"separated by commas, of {', '.join(KINDS)}")
     fake_path: str | None = option(None, "the videos to evaluate", path=True)
     generate: str | None = option(None, "or: YAML of sampling options, sampled in memory from its seed on", path=True)
