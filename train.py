@@ -45,6 +45,7 @@ from models.checkpoint import save_checkpoint
 from models.hardware import local_device
 from models.latte import Latte
 from models.skip_cache import StaleFeatures
+from models.vaes import describe_vae
 from tools.common import runs, training
 
 
@@ -178,6 +179,8 @@ def train(cfg: TrainConfig) -> None:
     codec = load_codec(cfg, device, need_statistics=False) if training.needs_vae(cfg) else None
     if codec and cfg.latents_path:
         check_latents(cfg, codec.fingerprint())
+    if cfg.latents_path:
+        training.check_shapes(cfg, dataset)
     encoder = None if cfg.latents_path else codec  # None: the batches hold moments
     diffusion = make_diffusion(cfg)
     num_forwards = cfg.gradient_accumulation_steps
@@ -186,7 +189,7 @@ def train(cfg: TrainConfig) -> None:
 
     # The run, continued or new, and its batches: workers start while there is no model that they would hold copies of
     log = runs.open_run(cfg, rank)
-    for note in notes:
+    for note in [*notes, describe_vae(cfg)]:
         log.print(note)
     saved = runs.load_state(log, dataset.classes)
     stop = training.StopSignal()

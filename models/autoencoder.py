@@ -175,6 +175,7 @@ class LatentCodec:
         x = x.to(self.dtype)
         if not self.kind:
             mean, std = self.vae.encode(x)
+            self._check_shapes("encode", x, mean, std)
         else:
             config = self.vae.config
             if config.get("in_channels") == 4:  # RGBA
@@ -199,7 +200,9 @@ class LatentCodec:
         shift, scale = (self._of_frames(each, latents.shape[1]) for each in (self.shift, self.scale))
         z = (latents.to(self.dtype) / scale + shift).to(self.dtype)
         if not self.kind:
-            return self.vae.decode(z).clamp(-1, 1)
+            videos = self.vae.decode(z)
+            self._check_shapes("decode", videos, z)
+            return videos.clamp(-1, 1)
         options = {}
         if self.spec.name == "AutoencoderKLTemporalDecoder":
             options["num_frames"] = z.shape[1]
@@ -211,6 +214,14 @@ class LatentCodec:
         out = out if isinstance(out, Tensor) else out.sample
         videos = out if self.spec.name == "AutoencoderKLAllegro" else self._videos(out, len(z))
         return videos[:, :, :3].clamp(-1, 1)
+
+    def _check_shapes(self, method: str, videos: Tensor, *latents: Tensor) -> None:
+        """Raises UserError unless `method` of a class of one's own made videos and latents that fit together."""
+        n, F, channels, *sides = videos.shape
+        expected = [n, self.spec.latent_frames(F), self.spec.channels, *(side // self.spec.space for side in sides)]
+        if channels != 3 or any(list(each.shape) != expected for each in latents):
+            shapes = " and ".join(str(list(each.shape)) for each in latents)
+            raise UserError(f"vae: {self.spec.name}.{method}: latents {shapes} do not fit videos {list(videos.shape)}")
 
     def _set_tile(self, *shape: int) -> None:
         """Makes Allegro, which works in tiles alone, take a clip of this shape as one tile."""
@@ -250,7 +261,10 @@ def load_codec(cfg: Any, device: torch.device, need_statistics: bool = True) -> 
     """
     spec = vae_spec(cfg)
     if cls := own_class(cfg.vae):
-        vae = cls()
+        try:
+            vae = cls()
+        except TypeError as error:
+            raise UserError(f"vae: {cfg.vae} is made without arguments ({error})") from None
         codec = LatentCodec(vae.to(device) if isinstance(vae, nn.Module) else vae, cfg.vae_chunk_frames, spec)
     else:
         codec = LatentCodec.from_pretrained(vae_file(cfg).parent, device, chunk_frames=cfg.vae_chunk_frames)

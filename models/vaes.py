@@ -177,6 +177,9 @@ def own_class(vae: str) -> type | None:
         raise UserError(f"vae: cannot import {vae} ({error}); is its folder on PYTHONPATH?") from None
     if missing := [key for key in ("latent_channels", "stride", "encode", "decode") if not hasattr(cls, key)]:
         raise UserError(f"vae: {vae} lacks {', '.join(missing)}; see models/vaes.py for the four members of a VAE")
+    numbers = [cls.latent_channels, *(cls.stride if isinstance(cls.stride, tuple) else ())]
+    if len(numbers) != 3 or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise UserError(f"vae: {vae}: latent_channels must be a number and stride (time, space), not {cls.stride}")
     return cls
 
 

@@ -168,10 +168,42 @@ def test_statistics_of_a_class_of_ones_own_are_measured_once_and_kept(videos, tm
     assert record["config"]["latent_mean"] == run.latent_mean and record["config"]["in_channels"] == 3
 
 
-def test_a_class_that_is_no_vae_is_one_line():
-    for vae, says in (
-        ("no.such:Thing", "cannot import"),
+class Unfit(Squares):
+    stride = (2, 16)
+
+
+class Needy(Squares):
+    def __init__(self, weights: str):
+        pass
+
+
+class Misstated(Squares):
+    stride = 8
+
+
+@pytest.mark.parametrize(
+    ("vae", "says"),
+    [
+        ("no.such:Thing", "cannot import no.such:Thing"),
         ("json:loads", "lacks latent_channels, stride, encode, decode"),
-    ):
-        with pytest.raises(UserError, match=says):
-            load_codec(SampleConfig(vae=vae), torch.device("cpu"))
+        (f"{__name__}:Needy", "is made without arguments"),
+        (f"{__name__}:Misstated", r"stride \(time, space\), not 8"),
+        (f"{__name__}:Unfit", r"Unfit.encode: latents \[1, 1, 3, 4, 4\] and .* do not fit videos \[1, 2, 3, 32, 32\]"),
+    ],
+)
+def test_a_class_that_is_no_vae_is_one_line(vae, says):
+    with pytest.raises(UserError, match=says):
+        load_codec(SampleConfig(vae=vae), torch.device("cpu"), need_statistics=False).encode(
+            torch.zeros(1, 2, 3, 32, 32)
+        )
+
+
+def test_latents_of_another_shape_than_the_vae_gives_are_refused(videos, tmp_path, monkeypatch):
+    """Also where no VAE is loaded: here its folder is gone since, and the options mean the published one."""
+    make("AutoencoderKLWan").save_pretrained(tmp_path / "wan")
+    shared = [*MODEL, *TRAIN, f"vae={tmp_path}/wan", "num_frames=9", f"data_path={videos}"]
+    shared += [f"latents_path={tmp_path}/latents", f"results_dir={tmp_path}/results"]
+    call(monkeypatch, encode_program, *shared)
+    shutil.rmtree(tmp_path / "wan")
+    with pytest.raises(UserError, match=r"its clips are \[3, 32, 4, 4\], those of vae=\S+ are \[9, 8, 4, 4\]"):
+        call(monkeypatch, train_program, *shared)

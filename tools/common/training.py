@@ -119,6 +119,19 @@ def file_checks(cfg: TrainConfig, run: Path | None) -> list[Callable[[], object]
     return checks
 
 
+def check_shapes(cfg: TrainConfig, dataset: Dataset) -> None:
+    """Raises UserError unless encoded latents have the shape that the VAE of the options gives to a clip."""
+    dimensions = model_dimensions(cfg)
+    theirs = list(dataset[0, 0]["video"].shape)  # (f + K, 2C, h, w)
+    ours = [
+        dimensions["num_frames"] + cfg.use_image_num,
+        2 * dimensions["in_channels"],
+        *[dimensions["input_size"]] * 2,
+    ]
+    if theirs != ours:
+        raise UserError(f"latents_path: its clips are {theirs}, those of vae={cfg.vae} are {ours}; use the VAE of both")
+
+
 def needs_vae(cfg: TrainConfig) -> bool:
     """Whether the training encodes or decodes videos."""
     return bool(not cfg.latents_path or cfg.preview_every or cfg.validation_every)
