@@ -94,9 +94,8 @@ def load(source: SampleConfig | str | Path, device: torch.device | str | None = 
         if isinstance(options.get("cache"), str):
             options["cache"] = asdict(parse_plan(options["cache"]))
         options = flatten(options if is_yaml else {"ckpt": str(source)} | options)
-        overrides = [
-            f"{k}={value if isinstance(value, str) else json.dumps(value, default=str)}" for k, value in options.items()
-        ]
+        is_text = {key: isinstance(value, str | Path) for key, value in options.items()}
+        overrides = [f"{key}={value if is_text[key] else json.dumps(value)}" for key, value in options.items()]
         cfg = resolve(load_sampling(SampleConfig, source if is_yaml else DEMO, overrides), device)
     if cfg.recipe:
         check_recipe(cfg)
