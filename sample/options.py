@@ -52,11 +52,12 @@ def load_sampling(schema: type[T], path: str | Path | None = None, overrides: Se
     without = path is DEMO and "ckpt" in typed  # `is`: --config with the same file reads it
     path = None if without else path
     cfg = load_config(schema, path, overrides)
-    if without:
-        require_path(cfg, "ckpt")
-    if not cfg.ckpt or not Path(cfg.ckpt).exists():
+    try:
+        cfg.ckpt = str(find_checkpoint(require_path(cfg, "ckpt")))
+    except UserError:
+        if without:
+            raise
         return cfg  # the checks of files say what is missing
-    cfg.ckpt = str(find_checkpoint(cfg.ckpt))
     options = load_options(cfg.ckpt)
     if not options:
         if without:
