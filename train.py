@@ -164,8 +164,8 @@ def clip_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def train(cfg: TrainConfig) -> None:
-    """Trains one run, from its first or its last saved step to `max_train_steps`."""
+def train(cfg: TrainConfig) -> int:
+    """Trains one run, from its first or its last saved step to `max_train_steps`; returns the exit code."""
     accelerator = join_processes(cfg)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = rank == 0
@@ -289,14 +289,15 @@ def train(cfg: TrainConfig) -> None:
                 break
     log.finish()
     accelerator.end_training()
+    return 128 + stop.noted if stop.noted else 0  # so that `train && sample` stops, too
 
 
-def main() -> None:
+def main() -> int | None:
     args = parser.parse_args()
     cfg = load_config(TrainConfig, args.config, args.overrides)
     training.check_training_options(cfg)
     if not args.dry_run:
-        train(cfg)
+        return train(cfg)
     elif cli.rank() == 0:
         run = runs.find_run(cfg)
         cli.dry_run(cfg, training.describe_training(cfg, run), training.file_checks(cfg, run))

@@ -177,8 +177,10 @@ class CacheOptions:
     interval: int | None = option(
         None, "N: every N-th step is full; 1: no cache; empty: N of the model's name (-cache-N)", least=1
     )
-    start: int = option(900, "steps with t >= start are full (t: original timestep, 0 ... 999; of a flow: 1000 s)")
-    stop: int = option(50, "the cache is emptied after a step with t < stop")
+    start: int = option(
+        900, "steps with t >= start are full (t: original timestep, 0 ... 999; of a flow: 1000 s)", least=0
+    )
+    stop: int = option(50, "the cache is emptied after a step with t < stop", least=0)
     depth: int = option(1, "outer layers at each end that run on every step", least=1)
     order: int = option(
         0, "order of the polynomial forecast of the deep feature; 0: reuse, as in the paper", least=0, most=3
@@ -211,7 +213,7 @@ class SamplerOptions:
     )
     num_sampling_steps: int = option(250, "denoising steps", least=1)
     eta: float = option(0.0, "DDIM's noise: 0 is deterministic, 1 is as random as DDPM", least=0, most=1)
-    cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", least=0, most=1000)
+    cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", least=0, most=100)
     cache: CacheOptions = field(default_factory=CacheOptions)
     recipe: str | None = option(
         None, "a file of tools/calibrate.py, in place of sample_method, num_sampling_steps and cache", path=True
@@ -237,7 +239,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
 
     ckpt: str | None = option(None, "weights: .pt (ema | model | bare) or .safetensors", path=True)
     save_video_path: str = option("./sample_videos/", "the output folder", path=True)
-    seed: int = option(0, "the first seed; clip i has seed + i")
+    seed: int = option(0, "the first seed; clip i has seed + i", least=0)
     weights: str = option("ema", "which weights of a .pt; model: not averaged", choices=("ema", "model"))
     class_names: list[str] | None = option(
         None, "names of the classes by label; empty: those in the weights, or those of data_path"
@@ -246,7 +248,7 @@ class SampleConfig(ModelOptions, DiffusionOptions, SamplerOptions, AutoencoderOp
     samples_per_class: int = option(1, "sample.py: clips per class", least=1)
     dataset: str | None = option(None, "the data set that names the classes: ucf101, or any training set")
     data_path: str | None = option(None, "the class folders that name the classes (ucf101 needs none)", path=True)
-    fps: int = option(8, "frames per second of the videos written", least=1)
+    fps: int = option(8, "frames per second of the videos written", least=1, most=1000)
     precision: str = option(
         "auto",
         "number type of the weights; auto: bf16 where the hardware computes it",

@@ -6,11 +6,14 @@ Nothing here imports torch, so that --help and typing errors are answered at onc
 import argparse
 import os
 import re
+import select
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields, is_dataclass
+from types import FrameType
 from typing import Any
 
 from configs import default_of, limits_of, option_groups, to_yaml
@@ -91,7 +94,10 @@ class Parser(argparse.ArgumentParser):
 
     def answer_help(self) -> None:
         """Prints the help and exits if the command line asks for it. Programs call this before they import torch."""
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _leave)
         if {"-h", "--help"} & set(sys.argv[1:]):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             self.print_help()
             sys.exit()
 
@@ -171,14 +177,32 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def run(main: Callable[[], object]) -> None:
-    """Calls `main`. A `UserError` is printed as one line (exit code 2), and so is Ctrl-C (exit code 130).
+def run(main: Callable[[], int | None]) -> None:
+    """Calls `main` and exits with the code that it returns.
 
-    An error of a file (closed to the user, gone, on a bad disk, ...) is printed like a `UserError`.
+    A `UserError` is printed as one line (exit code 2), and so are an error of a file (closed to the user, gone, on a
+    bad disk, ...) and Ctrl-C (exit code 130). If the reader of the output has left (`| head`), the end is silent (141).
     """
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        main()
+        code = _call(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # Python flushes both when it ends
+            os.dup2(nowhere, stream)
+        code = 128 + signal.SIGPIPE
+    if code:
+        sys.exit(code)
+
+
+def _call(main: Callable[[], int | None]) -> int | None:
+    try:
+        return main()
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and not error.filename:
             raise
@@ -186,8 +210,22 @@ def run(main: Callable[[], object]) -> None:
         if rank():
             time.sleep(PATIENCE)  # torchrun ends this process once rank 0 has exited
         print(f"error: {message}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         if not rank():
             print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 128 + signal.SIGINT
+
+
+def _reader_has_left() -> bool:
+    """Returns whether stdout or stderr is a pipe that no process reads any more."""
+    streams = select.poll()
+    for stream in (1, 2):
+        streams.register(stream, 0)
+    return any(event & select.POLLERR for _, event in streams.poll(0))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends the process at Ctrl-C, while it imports torch."""
+    os.write(2, b"" if rank() else b"interrupted\n")
+    os._exit(128 + number)

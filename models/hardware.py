@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,13 @@ def has_bf16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"amx_bf16", "avx512_bf16"} & set(_cpu_fact("flags").split()))
+
+
+def check_compiler() -> None:
+    """Raises UserError if there is no compiler, which torch.compile calls for its kernels."""
+    compiler = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"use_compile: there is no compiler {compiler}: install it, or name yours in CXX")
 
 
 def describe_machine(device: torch.device) -> str:

@@ -113,8 +113,8 @@ def _write_mp4(path: Path, video: Tensor, fps: float) -> None:
     command = [find_ffmpeg(), "-v", "error", "-y", *source, *target]
     result = subprocess.run(command, input=frames.tobytes(), stderr=subprocess.PIPE)
     if result.returncode:
-        reason = result.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {result.returncode}"]
-        raise UserError(f"{path.parent}: ffmpeg cannot write a video there ({reason[0]}); is the disk full?")
+        reason = " ".join(result.stderr.decode(errors="replace").split())[:300] or f"code {result.returncode}"
+        raise UserError(f"ffmpeg cannot write a video in {path.absolute().parent} ({reason}); is the disk full?")
 
 
 def _enlarge(video: Tensor, scale: int) -> Tensor:

@@ -27,7 +27,7 @@ from diffusion.sampling import linear_multistep
 from models import check_made_of, get_models, model_dimensions
 from models.autoencoder import LatentCodec, load_codec
 from models.checkpoint import load_checkpoint, load_options
-from models.hardware import DTYPES, choose_precision, default_device, fastest_attention
+from models.hardware import DTYPES, check_compiler, choose_precision, default_device, fastest_attention
 from models.latte import Latte
 from models.skip_cache import SkipCache, cached_step, compile_steps, full_step
 from sample.options import DEMO, load_sampling
@@ -58,7 +58,17 @@ def resolve(cfg: SampleConfig, device: torch.device) -> SampleConfig:
         precision=precision,
         attention_mode=automatic if cfg.attention_mode == "auto" else cfg.attention_mode,
     )
-    return replace(cfg, cache=make_plan(cfg).cache)
+    plan = make_plan(cfg)
+    if plan.timesteps == (0,) and cfg.process == "gaussian":
+        raise UserError(
+            "num_sampling_steps: the only timestep of 1 step is 0, where the model expects a clip almost without noise "
+            "and returns the noise as it is; take 2 steps or more"
+        )
+    if cfg.eta and plan.solver != "ddim":
+        raise UserError(f"eta: {plan.solver} ignores eta={cfg.eta:g}; use sample_method=ddim or eta=0")
+    if cfg.use_compile:
+        check_compiler()
+    return replace(cfg, cache=plan.cache)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
 
 def test_a_user_error_of_every_process_is_said_once(tmp_path):
     result = launch(tmp_path, "cli.PATIENCE = 60; raise UserError('no such file')")
-    assert result.returncode == 2 and result.stderr.count("error: no such file") == 1, result.stderr
+    assert result.returncode == 1 and result.stderr.count("error: no such file") == 1, result.stderr
 
 
 def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch):

@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     """ffmpeg refuses the frame rate: an error, the file of before as it was, and no other."""
     path = tmp_path / "a.mp4"
     path.write_text("before")
-    with pytest.raises(UserError, match="ffmpeg cannot write a video there"):
+    with pytest.raises(UserError, match="ffmpeg cannot write a video in"):
         media.save_video(path, gradient(1, 2, 16, 16)[0], fps=0)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 

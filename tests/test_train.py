@@ -325,7 +325,7 @@ def stop_after(cfg: TrainConfig, step: int, number: int = signal.SIGTERM) -> Non
 
     program.clip_losses = counting
     try:
-        train(cfg)
+        assert train(cfg) == 128 + number, "as after any signal: `train && sample` stops"
     finally:
         program.clip_losses = original
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -36,7 +36,7 @@ class SweepConfig(MeasureConfig):
     plans: list[str] = option(lambda: ["N2", "N3", "N4"], "cache plans, or recipes (*.json), beside uncached: --cache")
     methods: list[str] | None = option(None, "solvers; empty: sample_method")
     steps: list[int] | None = option(None, "sampling steps; empty: num_sampling_steps", least=1)
-    guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale")
+    guidance: list[float] | None = option(None, "guidance scales; empty: cfg_scale", least=0, most=100)
     reference: str | None = option(None, "METHOD-STEPS, as ddim-250: an uncached run that all others are compared with")
     output: str = option("results/sweep", "the folder to write", path=True)
 

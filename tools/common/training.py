@@ -36,7 +36,7 @@ from diffusion import Diffusion, make_diffusion
 from models import get_models, model_dimensions
 from models.autoencoder import LatentCodec, vae_file
 from models.checkpoint import load_checkpoint
-from models.hardware import DTYPES, fastest_attention
+from models.hardware import DTYPES, check_compiler, fastest_attention
 from models.latte import Latte, init_skips_as_identity
 from models.vaes import describe_vae, vae_spec
 from sample.media import save_grid
@@ -80,6 +80,9 @@ def check_training_options(cfg: TrainConfig) -> None:
         raise UserError(f"use_image_num: {vae.name} encodes no single frames; leave stills out")
     if cfg.preview_every:
         preview_plans(cfg, torch.device("cpu"))
+    if cfg.use_compile:
+        check_compiler()
+    check_writable(cfg, "results_dir", folder=True)
 
 
 def describe_training(cfg: TrainConfig, run: Path | None) -> list[str]:
@@ -108,8 +111,7 @@ def describe_training(cfg: TrainConfig, run: Path | None) -> list[str]:
 
 def file_checks(cfg: TrainConfig, run: Path | None) -> list[Callable[[], object]]:
     """For `cli.dry_run`: each raises UserError if files that the training reads or writes are not as they must be."""
-    checks: list[Callable[[], object]] = [lambda: check_writable(cfg, "results_dir", folder=True)]
-    checks.append(lambda: get_dataset(cfg))
+    checks: list[Callable[[], object]] = [lambda: get_dataset(cfg)]
     if needs_vae(cfg):
         checks.append(lambda: vae_file(cfg))
     if cfg.pretrained and not runs.last_saved_step(run):
@@ -381,7 +383,7 @@ class StopSignal:
     FAREWELL = "stopped by a signal; the same command continues"
 
     def __init__(self) -> None:
-        self.noted = False
+        self.noted = 0  # the signal's number
 
     def __enter__(self) -> "StopSignal":
         self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -398,7 +400,7 @@ class StopSignal:
         os.close(self.pipe[1])  # ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = True
+        self.noted = number
 
     def _end_at_second(self, pipe: int) -> None:
         first, echo = math.inf, ECHO if cli.world_size() > 1 else 0.0

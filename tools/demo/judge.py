@@ -49,7 +49,7 @@ class JudgeConfig:
     epochs: int = option(20, "of the classifier's training", least=1)
     batch_size: int = option(16, "clips of a step", least=1)
     learning_rate: float = option(2.0e-3, "the highest of the schedule", above=0)
-    seed: int = option(0, "everything random follows from it")
+    seed: int = option(0, "everything random follows from it", least=0)
 
 
 parser = cli.Parser(__doc__, JudgeConfig)

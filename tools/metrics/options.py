@@ -105,7 +105,7 @@ class ClipOptions:
         choices=("bilinear", "bicubic", "lanczos", "lanczos-first"),
     )  # fmt: skip
     jpeg: bool | None = option(None, "all frames pass through JPEG of quality 75, as files of Latte's converter")
-    seed: int = option(0, "chooses the clips, and where their windows begin")
+    seed: int = option(0, "chooses the clips, and where their windows begin", least=0)
     video_reader: str = option("pyav", "see train.py", choices=("pyav", "decord"))
     max_bad_fraction: float = option(0.1, "stop if more of the videos read than this are broken", least=0, most=1)
     batch_size: int = option(8, "clips that pass a detector at once", least=1)
