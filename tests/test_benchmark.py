@@ -101,13 +101,17 @@ def test_a_dry_run_says_what_would_run_with_which_options(monkeypatch, capsys):
 
 def test_an_unknown_benchmark_lists_the_valid_ones(monkeypatch):
     for argv in ([], ["drawing"], ["runs=3"]):
-        with pytest.raises(UserError, match=r"benchmark: .*valid: sampling, training, reading"):
+        with pytest.raises(UserError, match=r"benchmark: .*valid: sampling, training, reading, plan"):
             run(monkeypatch, *argv)
 
 
 @pytest.mark.parametrize(
     ("argv", "word"),
-    [([], "benchmark.py {sampling,training,reading}"), (["reading"], "reader_only=False"), (["sampling"], "batch=1")],
+    [
+        ([], "benchmark.py {sampling,training,reading,plan}"),
+        (["reading"], "reader_only=False"),
+        (["sampling"], "batch=1"),
+    ],
 )
 def test_help_lists_the_options_without_torch(tmp_path, argv, word):
     """A torch that cannot be imported does no harm."""

@@ -1,4 +1,4 @@
-"""Time a sampling step, a training step, or the reading of clips: ways to do the same, compared in one run.
+"""Time a sampling step, a training step, or the reading of clips, all ways in one run; or plan for other machines.
 
     python tools/benchmark.py sampling                                      # Skip-DiT XL/2, one 16 x 256 x 256 clip
     python tools/benchmark.py sampling model=Latte-B/2-skip use_compile=False runs=5 output=sampling.json
@@ -9,6 +9,7 @@
     python tools/benchmark.py reading --config configs/demo/demo_train.yaml # encoded latents beside their pixels
     python tools/benchmark.py reading minutes=60                            # a video of an hour, too
     python tools/benchmark.py reading verify=True dataset=ffs data_path=DIR # the readers, frame by frame, on your files
+    python tools/benchmark.py plan nodes=[1,4] gradient_checkpointing=True  # GPUs that you do not have: on paper
     python tools/benchmark.py sampling --help                               # the options of one of them
 
 All ways take turns, and the median counts. Steps are compared with the original's way to compute them: plain-maths
@@ -38,10 +39,15 @@ if __name__ == "__main__":
 
 from configs.files import check_writable, write_json
 from configs.tables import markdown_table
-from tools.benchmarks import reading, sampling, training
+from tools.benchmarks import reading, sampling, scaling, training
 
-BENCHMARKS = {"sampling": sampling, "training": training, "reading": reading}
+BENCHMARKS = {"sampling": sampling, "training": training, "reading": reading, "plan": scaling}
 COLUMNS = {  # metric -> title of its column, and how a value is written
+    "products": ("products", "{:.3f} s".format),
+    "vae": ("VAE", "{:.3f} s".format),
+    "update": ("update", "{:.3f} s".format),
+    "network": ("waits for gradients", "{:.3f} s".format),
+    "denoising": ("denoising", "{:.2f} s".format),
     "seconds": ("seconds", "{:.3f}".format),
     "clips_per_second": ("clips/s", "{:.1f}".format),
     "speedup": ("speed-up", "{:.2f}x".format),
@@ -51,6 +57,10 @@ COLUMNS = {  # metric -> title of its column, and how a value is written
     "frames": ("frames", "{:,}".format),
     "wrong": ("wrong frames", "{:,}".format),
     "by_pyav": ("files left to PyAV", "{:,}".format),
+    "efficiency": ("efficiency", "{:.0%}".format),
+    "days": ("all steps", "{:.1f} days".format),
+    "clips_per_hour": ("clips/h", "{:,.0f}".format),
+    "minutes": ("2048 clips", "{:.0f} min".format),
     "peak_bytes": ("memory", lambda size: f"{size / 1e9:.2f} GB"),
 }
 
@@ -81,6 +91,8 @@ def main() -> None:
     print(work, flush=True)
     report = BENCHMARKS[name].benchmark(cfg)
     print(f"{table(report['ways'])}\non {report['machine']}")
+    if name == "plan":
+        print(table(report["sampling"]), *(f"- {note}" for note in report["notes"]), sep="\n")
     if cfg.output:
         write_json(cfg.output, report)
 

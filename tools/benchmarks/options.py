@@ -40,11 +40,42 @@ class ReadingBenchmark(TrainConfig, Output):
     verify: bool = option(False, "compare the readers with plain decoding, frame by frame, and time nothing")
 
 
-OPTIONS = {"sampling": SamplingBenchmark, "training": TrainingBenchmark, "reading": ReadingBenchmark}
+@dataclass(kw_only=True)
+class ScalingPlan(TrainConfig, Output):
+    """Memory and time on paper, for nodes of GPUs. Without --config: XL/2's published training, but in bf16"""
+
+    nodes: list[int] = option(lambda: [1, 2, 4, 8], "numbers of nodes; one GPU comes first", least=1)
+    gpus_per_node: int = option(8, "GPUs of a node, a process each", least=1)
+    sampling_batch: int = option(8, "clips of a sampling batch", least=1)
+    gpu_memory: float = option(80.0, "memory of a GPU, GB", above=0)
+    bf16_tflops: float = option(312.0, "a GPU's bf16 products, TFLOP/s (an A100's data sheet)", above=0)
+    fp32_tflops: float = option(156.0, "a GPU's fp32 products, TFLOP/s (an A100's data sheet, TF32)", above=0)
+    memory_gbs: float = option(2039.0, "a GPU's memory bandwidth, GB/s (an A100's data sheet)", above=0)
+    training_share: float = option(0.35, "of the products' rate in a training step (assumed)", above=0, most=1)
+    sampling_share: float = option(
+        0.186, "of the products' rate in sampling (the paper's 10.02 s on an A100, if in 16 bits)", above=0, most=1
+    )
+    vae_share: float = option(0.3, "of the fp32 products' rate in the VAE (assumed)", above=0, most=1)
+    gpu_link_gbs: float = option(250.0, "between the GPUs of a node, GB/s (assumed: NVLink)", above=0)
+    node_link_gbs: float = option(25.0, "between nodes, GB/s a node (assumed: one port of 200 Gbit/s)", above=0)
+    overlap: float = option(0.7, "share of the gradients' traffic behind the backward pass (assumed)", least=0, most=1)
+    read_clips: float = option(56.0, "clips/s that a worker reads (measured: a core, .avi like UCF101's)", above=0)
+
+
+OPTIONS = {
+    "sampling": SamplingBenchmark,
+    "training": TrainingBenchmark,
+    "reading": ReadingBenchmark,
+    "plan": ScalingPlan,
+}
 DEFAULTS = {  # of a run without --config; those of reading also with it, as workers would hide what a reader costs
     "sampling": ["model=Latte-skip", "num_classes=101", "use_compile=True"],
     "training": [
         "model=Latte-skip", "hidden_size=128", "num_heads=4", "image_size=64", "num_classes=101", "local_batch_size=16",
     ],
     "reading": ["num_workers=0"],
+    "plan": [
+        "model=LatteIMG-skip", "num_classes=101", "dataset=ucf101_img", "use_image_num=8", "local_batch_size=4",
+        "mixed_precision=bf16", "sample_method=ddim", "num_sampling_steps=50", "cfg_scale=7", "cache.interval=2",
+    ],
 }  # fmt: skip
