@@ -486,6 +486,7 @@ def preview(folder: Path, step: int, model: Latte, cfg: TrainConfig, codec: Late
 def preview_plans(cfg: TrainConfig, device: torch.device) -> tuple[SampleConfig, list[Plan]]:
     """The sampling options of the previews and a plan for each; UserError for options that contradict each other."""
     shared = {each.name: getattr(cfg, each.name) for each in fields(SampleConfig) if hasattr(cfg, each.name)}
+    shared["fps"] = max(1, round(cfg.fps or SampleConfig.fps))  # of a data set, it may be empty or a fraction
     options = resolve(SampleConfig(**shared), device)
     cached = replace(options.cache, interval=2) if options.cache.is_off else options.cache
     caches = [UNCACHED, cached] if model_dimensions(cfg)["num_skips"] else [UNCACHED]
