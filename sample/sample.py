@@ -180,6 +180,8 @@ def main() -> None:
     args = parser.parse_args()
     if cli.world_size() > 1:
         raise UserError(f"sample.py is one process, but torchrun started {cli.world_size()}: use sample/sample_ddp.py")
+    if any(item.startswith(("num_clips=", "num_fvd_samples=")) for item in args.overrides):
+        raise UserError("num_clips is for sample_ddp.py; here give samples_per_class=2, or --classes")
     device = default_device()
     cfg, plans = read_options(args, device)
     clips = choose_clips(cfg, args.classes or cfg.sample_names)

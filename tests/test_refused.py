@@ -13,7 +13,7 @@ from imageio_ffmpeg import _utils
 import train
 from configs import ROOT, UserError
 from sample import sample, sample_ddp
-from tools import evaluate, fidelity, sweep
+from tools import encode_latents, evaluate, fidelity, sweep
 from tools.demo import judge
 
 
@@ -133,6 +133,12 @@ def test_programs_that_measure_refuse_it(program, argv, message, tiny, tmp_path,
     (tmp_path / "file").touch()
     words = argv.format(file=tmp_path / "file").split()
     assert message.format(file=tmp_path / "file") in error_of(monkeypatch, program, "--config", tiny, *words)
+
+
+def test_output_of_encode_latents_is_the_folder_of_the_latents(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    error = error_of(monkeypatch, encode_latents, f"output={tmp_path}/file", "--dry-run")
+    assert error.startswith(f"latents_path: {tmp_path}/file is a file, where a folder is to be written")
 
 
 def test_a_judge_and_an_evaluation_look_at_their_folders_before_they_load_a_network(tmp_path, monkeypatch):

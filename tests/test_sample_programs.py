@@ -143,6 +143,7 @@ def test_flags_left_out_keep_the_values_of_the_yaml(tiny, monkeypatch, capsys):
         (["--deepcache", "2", "cache.depth=3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["--cache", "N2-b3"], "cache.depth: 3 is outside 1 ... 2, half of the model's layers"),
         (["--deepcache", "2", "--cache", "N2"], "--cache and deepcache=2 both set cache: leave one out"),
+        (["num_clips=3"], "num_clips is for sample_ddp.py; here give samples_per_class=2, or --classes"),
         (["--cache", "2"], "--cache 2: expected N<interval>"),
         (["--cache", "0,9"], "cache.full_steps: 9 is no step of 6, 0 ... 5"),
         (["cache.full_steps=[0,1,1]"], "cache.full_steps: [0, 1, 1] must begin with 0"),

@@ -239,7 +239,10 @@ def describe_encoding(cfg: TrainConfig) -> list[str]:
 
 def main() -> None:
     args = parser.parse_args()
-    cfg = load_config(TrainConfig, args.config, args.overrides)
+    overrides = [
+        item.replace("output=", "latents_path=") if item.startswith("output=") else item for item in args.overrides
+    ]
+    cfg = load_config(TrainConfig, args.config, overrides)
     if not cfg.latents_path:
         raise UserError("latents_path is not set: give the folder to write as latents_path=PATH")
     check_writable(cfg, "latents_path", folder=True)
