@@ -227,4 +227,4 @@ def test_two_records_compare_if_only_the_samples_differ():
 def test_mistakes_are_one_line(option, message):
     with pytest.raises(UserError) as error:
         load_config(EvaluateConfig, None, [option])
-    assert str(error.value) == message
+    assert str(error.value) == f"command line: {message}"

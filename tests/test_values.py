@@ -168,7 +168,7 @@ HINTS = [
     (train, ["--resume"], "did you mean resume_from_checkpoint, as in resume_from_checkpoint=auto?"),
     (train, ["resume=True"], "did you mean resume_from_checkpoint, as in resume_from_checkpoint=auto?"),
     (train, ["epochs=10"], "did you mean max_train_steps, as in max_train_steps=20000?"),
-    (train, ["fps=8"], "did you mean frame_interval, as in frame_interval=3?"),
+    (train, ["stride=8"], "did you mean frame_interval, as in frame_interval=3?"),
     (train, ["steps=10"], "did you mean num_sampling_steps"),
     (train, ["gpus=2"], "torchrun --standalone --nproc_per_node=2 PROGRAM starts a process on each GPU"),
     (train, ["workers=2"], "did you mean num_workers, as in num_workers=4?"),
