@@ -20,7 +20,6 @@ from torch import Tensor
 from configs import CacheOptions, SampleConfig, check_options, require_path
 from configs.errors import UserError
 from configs.files import flatten
-from datasets import class_index, class_names
 from diffusion import Diffusion, make_diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import linear_multistep
@@ -175,6 +174,10 @@ def choose_labels(pipe: Pipeline, seeds: Sequence[int], labels: Sequence[int | s
         return None
     if len(labels) != len(seeds):
         raise UserError(f"labels: {len(labels)} for {len(seeds)} seeds; give one for each")
+    if all(label in range(num_classes) for label in labels):  # indices need no video reader, which `datasets` imports
+        return list(labels)
+    from datasets import class_index, class_names
+
     names = class_names(pipe.cfg) if any(isinstance(label, str) for label in labels) else None
     return [class_index(label, names, num_classes) for label in labels]
 
