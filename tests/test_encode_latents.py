@@ -233,7 +233,7 @@ def test_two_processes_share_the_videos_and_name_the_broken_one_when_the_rest_is
     command = [*TORCHRUN, program.__file__, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "4 videos, 1 skipped" in done.stdout
+    assert done.returncode == 1 and "4 videos, 1 skipped" in done.stdout  # torchrun's own code
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "1 of 4 videos failed, max_bad_fraction=0.1: " in lines[0] and "broken.mp4" in lines[0]
     assert len(written(tmp_path / "out")) == 3 and json.loads((tmp_path / "out/latents.json").read_text())["encoder"]

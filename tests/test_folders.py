@@ -50,7 +50,8 @@ def test_two_runs_in_one_folder(program, tiny, tmp_path, monkeypatch):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], **pipes)
     other.stdout.readline()
-    command = ["--config", tiny, "--save_video_path", tmp_path, "num_fvd_samples=1"]
+    command = ["--config", tiny, "--save_video_path", tmp_path]
+    command += ["num_fvd_samples=1"] if program is sample_ddp else ["samples_per_class=1"]
     error = error_of(monkeypatch, program, *command)
     assert error.startswith(f"save_video_path: another process writes to {tmp_path}: wait until it ends, or choose")
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}

@@ -371,7 +371,7 @@ def test_names_that_are_not_utf8_are_logged_and_printed(latents, tmp_path, capsy
     name = b"B\xe4r.mp4.safetensors".decode("utf-8", "surrogateescape")
     (tmp_path / "latents" / "a" / name).write_text("no latents")
     options = dict(max_train_steps=3, max_bad_fraction=0.5)
-    cli.run(lambda: run(tmp_path / "latents", tmp_path / "runs", **options))
+    cli.run(lambda: run(tmp_path / "latents", tmp_path / "runs", **options) and None)
     for text in (capsys.readouterr().out, next(tmp_path.glob("runs/*/log.txt")).read_text()):
         assert text.count(r"a/B\udce4r.mp4.safetensors: is no file of latents") == 1
 
