@@ -153,7 +153,7 @@ def test_unconditional_model(tiny, tmp_path):
 
 
 def test_step_macs():
-    """Issue 2's figures: at XL/2 a cached step with one outer layer is 14.3 % of a full one."""
+    """At XL/2 a cached step with one outer layer is 14.3 % of a full one."""
     macs = step_macs(SampleConfig(model="Latte-skip", num_classes=101), depth=1)
     assert macs.cached / macs.full == pytest.approx(0.143, abs=5e-4)
     with torch.device("meta"):
