@@ -174,8 +174,8 @@ def choose_labels(pipe: Pipeline, seeds: Sequence[int], labels: Sequence[int | s
         return None
     if len(labels) != len(seeds):
         raise UserError(f"labels: {len(labels)} for {len(seeds)} seeds; give one for each")
-    if all(label in range(num_classes) for label in labels):  # indices need no video reader, which `datasets` imports
-        return list(labels)
+    if all(type(label) is int and 0 <= label < num_classes for label in labels):
+        return list(labels)  # without the video reader that `datasets` imports
     from datasets import class_index, class_names
 
     names = class_names(pipe.cfg) if any(isinstance(label, str) for label in labels) else None
