@@ -7,6 +7,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from configs import UserError
+
 
 @dataclass
 class Guided:
@@ -35,7 +37,9 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, F, C, H, W), t (B,), y (B,) -> (B, F, C or 2C, H, W), in fp32 when guided."""
-        if not next(self._calls) or self.scale == 1:
+        if (guided := next(self._calls, None)) is None:
+            raise UserError("this Guided has run all calls of its list `guided`: make a new one for each run")
+        if not guided or self.scale == 1:
             return self.denoiser(x, t, y)
         labels = torch.cat([y, torch.full_like(y, self.null_label)])  # (2B,)
         out = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), labels).float()  # scale magnifies rounding errors

@@ -471,7 +471,7 @@ def test_calibrations_that_make_no_sense_are_one_line(tiny, tmp_path, monkeypatc
         run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", option)
 
 
-@pytest.mark.parametrize("option", [["target=converged"], ["sample_method=ddpm"]])
+@pytest.mark.parametrize("option", [["target=converged"], ["sample_method=ddpm"], ["sample_method=euler"]])
 def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
     """A converged sample takes fewer of the target's own steps; a sampler that draws noise has cached plans alone."""
     sizes = ["num_sampling_steps=12", "budgets=[0.7]", "num_calibration=2", "num_clips=2", "num_climbs=1"]
@@ -479,9 +479,10 @@ def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
     recipe = load_recipe(tmp_path / "recipe-70.json")
     kinds = {row["kind"] for row in recipe.table}
     states = load_trajectories(tmp_path / "trajectories", [20000]).states
-    if option == ["target=converged"]:
+    if option != ["sample_method=ddpm"]:  # euler is ddim
         assert kinds == {"plain", "interval", "placed", "fitted", "fitted+cached", "fitted+unguided"}
-        assert states.shape[1] == 101
+        assert states.shape[1] == (101 if option == ["target=converged"] else 13)
+        assert recipe.reference["sample_method"] == "ddim"
     else:
         assert kinds == {"interval", "placed"} and recipe.solver == "ddpm" and len(recipe.steps) == 12
         assert states.shape[1] == 13
@@ -500,6 +501,11 @@ def test_a_psnr_is_reached_at_the_least_cost(tiny, tmp_path, monkeypatch, capsys
     assert psnr[chosen["sampler"]] >= 60
     cheaper = [p for name, p in psnr.items() if name.startswith(f"fitted, {len(recipe.steps) - 1} steps, g")]
     assert cheaper and max(cheaper) < 60
+    drawn = [*sizes[:-1], f"output={tmp_path}/ddpm", "sample_method=ddpm", "num_sampling_steps=12", "min_psnr=20"]
+    run(monkeypatch, calibrate, "--config", tiny, *drawn)  # through budgets that pay for no cached plan
+    assert next(row for row in load_recipe(tmp_path / "ddpm/recipe-20dB.json").table if row["chosen"])["psnr"] > 15
+    with pytest.raises(UserError, match=r"budgets: 0\.5 is too little for any cached plan of 12 steps"):
+        run(monkeypatch, calibrate, "--config", tiny, *drawn[:-1], "budget=0.5")
     with pytest.raises(UserError, match=r"min_psnr: 99 dB is out of reach; 5 of 6 steps' MACs give \d+\.\d dB"):
         run(monkeypatch, calibrate, "--config", tiny, *sizes, "min_psnr=99")
 

@@ -43,7 +43,6 @@ parser = cli.Parser(__doc__, CalibrateConfig, DEMO)
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
-
 from configs.files import check_record, check_writable, write_json, write_text
 from configs.tables import markdown_table
 from models.hardware import describe_machine
@@ -55,10 +54,7 @@ from sample.plans import UNCACHED, describe_run, make_plan
 from sample.recipes import fingerprint, save_recipe
 from tools.metrics.statistics import interval_text
 from tools.recipes.calibration import Calibration, percent
-from tools.recipes.candidates import (
-    SOLVERS,
-    to_recipe,
-)
+from tools.recipes.candidates import SOLVERS, to_recipe
 from tools.recipes.cost import disk_bytes, peak_bytes, work
 
 
@@ -159,6 +155,8 @@ def main() -> None:
         cfg = load_sampling(CalibrateConfig, args.config, args.overrides)
         if cfg.target == "ddpm-250":
             cfg = replace(cfg, sample_method="ddpm", num_sampling_steps=250)
+        if cfg.sample_method == "euler":
+            cfg = replace(cfg, sample_method="ddim")  # the same sampler, under the name of its recipes
         cfg = resolve(replace(cfg, recipe=None), env.device)
         check(cfg)
         lines = [*describe_run(cfg, [make_plan(cfg, UNCACHED)], env.device), *describe(cfg)]

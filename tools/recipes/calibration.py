@@ -9,10 +9,13 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from configs import UserError
@@ -85,9 +88,8 @@ class Calibration:
 
     def record_runs(self) -> None:
         """The reference runs: every step of the calibration seeds, the last state of all seeds that are compared."""
-        batches = [(b, True) for b in self.batches(self.calibration)] + [
-            (b, False) for b in self.batches(self.held_out)
-        ]
+        sets = (self.calibration, True), (self.held_out, False)
+        batches = [(batch, every_step) for seeds, every_step in sets for batch in self.batches(seeds)]
         todo = [
             (seeds, every_step)
             for seeds, every_step in batches[self.env.rank :: self.env.world_size]
@@ -109,25 +111,30 @@ class Calibration:
 
         return self.env.from_first(read)
 
+    @cached_property
     def growth(self) -> np.ndarray:
         """By how much an error of each state of the reference run grows until the end, (N + 1,)."""
 
         def compute() -> dict:
-            N = self.target.diffusion.num_timesteps
-            positions, seeds = growth_positions(N, GROWTH_POSITIONS), list(self.calibration[:PROBED_CLIPS])
-            runs = load_trajectories(self.trajectories, seeds)
-            with self.progress("growth of errors", 2 * sum(N - p for p in positions)) as bar:
-                measured = measure_growth(self.target, runs, seeds, positions, bar.update)
+            N, batches = self.target.diffusion.num_timesteps, self.batches(self.calibration[:PROBED_CLIPS])
+            positions, measured = growth_positions(N, GROWTH_POSITIONS), []
+            with self.progress("growth of errors", 2 * len(batches) * sum(N - p for p in positions)) as bar:
+                for seeds in batches:
+                    runs = load_trajectories(self.trajectories, seeds)
+                    measured.append(measure_growth(self.target, runs, seeds, positions, bar.update))
+            measured = torch.cat(measured, dim=1)  # (positions, clips)
             growth = interpolate_growth(measured, positions, N + 1).tolist()
             return {"positions": positions, "measured": measured.tolist(), "growth": growth}
 
         return np.array(self.once("growth.json", compute)["growth"])
 
-    def own_growth(self, growth: np.ndarray) -> np.ndarray:
+    @cached_property
+    def own_growth(self) -> np.ndarray:
         """The growth at the states of the options' own sampler."""
         known, wanted = ([*pipe.diffusion.timestep_map[::-1], -1] for pipe in (self.target, self.pipe))
-        return np.exp(np.interp(wanted, known[::-1], np.log(growth)[::-1]))
+        return np.exp(np.interp(wanted, known[::-1], np.log(self.growth)[::-1]))
 
+    @cached_property
     def features(self) -> FeatureChanges:
         """How deep features change along a run of the options' own sampler."""
 
@@ -137,6 +144,11 @@ class Calibration:
                 return asdict(measure_features(self.pipe, batches, self.cfg.cache.depth, bar.update))
 
         return FeatureChanges(**self.once("features.json", compute))
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Products of the recorded states and velocities."""
+        return gram_of(self.trajectories, self.calibration)
 
     # Candidates and their errors on the calibration seeds
 
@@ -178,9 +190,9 @@ class Calibration:
         self.fit_errors[candidate.name] = fit["errors"]
         return with_moves(candidate, fit["moves"])
 
-    def placed(self, budget: float, growth: np.ndarray, changes: FeatureChanges) -> list[Candidate]:
+    def placed(self, budget: float) -> list[Candidate]:
         """The best plan of placed full steps around each solver, measured on all calibration seeds."""
-        num_full, own = num_placed(self.cfg, budget), self.own_growth(growth)
+        num_full = num_placed(self.cfg, budget)
         if num_full < 2:
             return []
         screened = self.calibration[:SCREENED_CLIPS]
@@ -188,7 +200,7 @@ class Calibration:
             placed_candidate(self.cfg, steps, self.cfg.sample_method, order, f"growth^{exponent:g}"): steps
             for order in ORDERS
             for exponent in EXPONENTS
-            for steps in [place_steps(gap_errors(changes, own**exponent, order), num_full)]
+            for steps in [place_steps(gap_errors(self.features, self.own_growth**exponent, order), num_full)]
         }
         self.measure_all(list(variants), screened, f"{percent(budget)} %, placed")
         best = min(variants, key=lambda variant: self.error(variant, screened))
@@ -198,20 +210,19 @@ class Calibration:
         self.measure_all(found, self.calibration, f"{percent(budget)} %, placed")
         return found
 
-    def fitted(self, budget: float, growth: np.ndarray) -> list[Candidate]:
+    def fitted(self, budget: float) -> list[Candidate]:
         """The fitted solvers of a budget, of every kind."""
         cfg = self.cfg
         if cfg.sample_method not in SOLVERS:
             return []
         angles, timesteps = angles_of(self.target.diffusion), self.target.diffusion.timestep_map[::-1]
-        gram = gram_of(self.trajectories, self.calibration)
 
         def fitted(kind: str, exponent: float) -> Candidate:
             """The candidate of a kind with as many steps as the budget pays for."""
             for count in range(len(timesteps), 1, -1):
                 candidate = fitted_candidate(cfg, kind, timesteps[:count], "")  # costs as much as that with other steps
                 if candidate.plan.share <= budget + ROUNDING or count == 2:
-                    steps = choose_steps(gram, angles, growth, count, exponent, self.cfg.process == "flow")
+                    steps = choose_steps(self.gram, angles, self.growth, count, exponent, cfg.process == "flow")
                     chosen = [timesteps[i] for i in steps]
                     return self.fit(fitted_candidate(cfg, kind, chosen, f"growth^{exponent:g}"))
             raise AssertionError("two steps of the reference at least")
@@ -251,22 +262,17 @@ class Calibration:
             moved = placed_candidate(self.cfg, steps, plan.solver, candidate.order, "")
         return replace(moved, name=name, plan=replace(moved.plan, name=name))
 
-    def solve(self, budget: float) -> tuple[dict[Candidate, float], Candidate]:
-        """All candidates of a budget with their errors on the calibration seeds, and the one to choose."""
-        growth, changes = self.growth(), self.features()
+    def solve(self, budget: float) -> dict[Candidate, float]:
+        """All candidates of a budget with their errors on the calibration seeds; none if it is too little."""
         plain = plain_candidates(self.cfg, budget)
         self.measure_all(plain, self.calibration, f"{percent(budget)} %, plain")
-        found = [*plain, *self.placed(budget, growth, changes), *self.fitted(budget, growth)]
+        found = [*plain, *self.placed(budget), *self.fitted(budget)]
         errors = {candidate: self.error(candidate, self.calibration) for candidate in found}
-        movable = sorted((c for c in found if c.kind in ("placed", "fitted")), key=lambda c: errors[c])
+        movable = sorted((c for c in found if c.kind in ("placed", "fitted")), key=errors.__getitem__)
         for candidate in movable[: 2 if self.cfg.num_climbs else 0]:
             climbed = self.climb(candidate)
             errors[climbed] = self.error(climbed, self.calibration)
-        if not errors:
-            raise UserError(
-                f"budgets: {budget:g} is too little for any cached plan of {self.cfg.num_sampling_steps} steps"
-            )
-        return errors, min(errors, key=lambda candidate: errors[candidate])
+        return errors
 
     def cheapest(self, min_psnr: float) -> float:
         """The smallest budget, in steps of N, whose recipe has the PSNR on the calibration seeds; by bisection.
@@ -278,7 +284,10 @@ class Calibration:
         low, high = 1, N - 1  # steps that do not suffice; steps that do
 
         def reached(num_steps: int) -> float:
-            _, chosen = self.solve(num_steps / N)
+            errors = self.solve(num_steps / N)
+            if not errors:
+                return -math.inf
+            chosen = min(errors, key=errors.__getitem__)
             self.measure_all([chosen], self.calibration, chosen.name)
             return float(np.mean(self.results.values(chosen, "psnr", self.calibration)))
 
@@ -290,11 +299,18 @@ class Calibration:
         return high / N
 
     def report_on(self, budget: float) -> tuple[Candidate, list[dict]]:
-        """The chosen candidate of a budget, and its table on the held-out seeds."""
-        errors, chosen = self.solve(budget)
-        rivals = interval_candidates(self.cfg, budget)
-        best = {c.kind: c for c in sorted(errors, key=lambda c: errors[c], reverse=True)}  # of each kind
-        finalists = [c for c in errors if c.kind == "plain" or c is best[c.kind] or c is chosen]
+        """The chosen candidate of a budget, and its table on the held-out seeds.
+
+        Raises:
+            UserError: the budget is too little for any candidate.
+        """
+        errors = self.solve(budget)
+        if not errors:
+            N = self.cfg.num_sampling_steps
+            raise UserError(f"budgets: {budget:g} is too little for any cached plan of {N} steps")
+        best = {c.kind: c for c in sorted(errors, key=errors.__getitem__, reverse=True)}  # of each kind
+        chosen, rivals = min(best.values(), key=errors.__getitem__), interval_candidates(self.cfg, budget)
+        finalists = [c for c in errors if c.kind == "plain" or c is best[c.kind]]
         self.measure_all([*rivals, *finalists], self.held_out, f"{percent(budget)} %, held-out seeds")
         errors = {**dict.fromkeys(rivals), **errors}
         return chosen, rows(self.results, errors, self.held_out, chosen, self.reference.macs)

@@ -35,10 +35,7 @@ def work(cfg: CalibrateConfig) -> float:
 
 
 def peak_bytes(cfg: CalibrateConfig) -> float:
-    """Memory of a process at its peak, in bytes: libraries, weights, and what the largest phase needs.
-
-    The numbers of buffers are measured on a CPU, at two sizes.
-    """
+    """Memory of a process at its peak, in bytes: libraries, weights, and what the largest phase needs."""
     d, size = model_dimensions(cfg), DTYPES[cfg.precision].itemsize
     rows = cfg.per_proc_batch_size * (1 if cfg.cfg_scale == 1 else 2)
     tokens = d["num_frames"] * (d["input_size"] // d["patch_size"]) ** 2
@@ -46,7 +43,7 @@ def peak_bytes(cfg: CalibrateConfig) -> float:
     forward = feature * (FORWARD_BUFFERS + d["num_skips"])
     if cfg.attention_mode == "math":
         forward += 3 * rows * tokens * d["num_heads"] * tokens // d["num_frames"] * size
-    frames = min(cfg.vae_chunk_frames, cfg.per_proc_batch_size * d["num_frames"])
+    frames = min(cfg.vae_chunk_frames, cfg.per_proc_batch_size * cfg.num_frames)
     decoding = frames * cfg.image_size**2 * VAE_WIDTH * 4 * DECODER_BUFFERS
     run = bytes_per_clip(target_options(cfg)) / 2  # its states
     fitting = forward + math.ceil(cfg.num_calibration / cli.world_size()) * run
