@@ -41,6 +41,7 @@ from tools.recipes.search import (
     measure_growth,
     relative_l2,
     x0_effect,
+    x0_of_velocity,
 )
 from tools.recipes.trajectories import load_trajectories, record
 
@@ -153,11 +154,19 @@ def test_step_errors_are_those_of_the_fits(pipe, tmp_path):
     assert np.isinf(errors[3, 0, 1]) and np.isinf(errors[9, 1, 2]) and np.isfinite(errors[0, 0, 4])
 
 
-@pytest.mark.parametrize("method", ["ddim", "ddpm"])
-def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path, method):
+def gaussian_flow(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    """The exact velocity of a flow for the data of GaussianVelocity."""
+    s = (t / 1000).view(-1, *[1] * (x.ndim - 1))
+    x0 = 0.5 + (1 - s) * 0.3**2 / ((1 - s) ** 2 * 0.3**2 + s**2) * (x - (1 - s) * 0.5)
+    return ((x - x0) / s).float()
+
+
+@pytest.mark.parametrize(("process", "method"), [("gaussian", "ddim"), ("gaussian", "ddpm"), ("flow", "ddim")])
+def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path, process, method):
     """Where the model is linear, an error grows by the product of its steps' factors, whatever the noise on the way."""
-    own = with_options(pipe, sample_method=method, cfg_scale=1.0, prediction="v", learn_sigma=False)
-    own = replace(own, uncached=GaussianVelocity(own.diffusion))
+    free = {"cfg_scale": 1.0, "prediction": "v", "learn_sigma": False}
+    own = with_options(pipe, process=process, sample_method=method, **free)
+    own = replace(own, uncached=gaussian_flow if process == "flow" else GaussianVelocity(own.diffusion))
     record(own, tmp_path, [0, 1], every_step=True)
     runs = load_trajectories(tmp_path, [0, 1])
     growth = measure_growth(own, runs, [0, 1], [2, 5], lambda: None)
@@ -181,6 +190,13 @@ def test_growth_of_errors_is_that_of_a_linear_model(pipe, tmp_path, method):
     assert filled.shape == (11,) and filled[10] == 1
     assert filled[5] == pytest.approx(float(growth[1].log().mean().exp()))
     assert min(filled[2], filled[5]) <= filled[3] <= max(filled[2], filled[5])
+
+
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_a_velocity_tells_its_x0(process):
+    diffusion = create_diffusion("10", prediction="v", learn_sigma=False, process=process)
+    x, x0, t = torch.randn(10, 1, 4, 3, 3), torch.randn(10, 1, 4, 3, 3), torch.arange(10)
+    torch.testing.assert_close(x0_of_velocity(diffusion, x, diffusion.velocity(x, x0, t), t), x0, rtol=1e-4, atol=1e-4)
 
 
 def test_growth_is_measured_at_states_that_a_stale_prediction_reaches():

@@ -48,6 +48,11 @@ def x0_effect(diffusion: Diffusion, method: str, t: Tensor, x: Tensor) -> Tensor
     return c.posterior_x0 if method == "ddpm" else c.alpha_prev - c.sigma_prev * c.alpha / c.sigma
 
 
+def x0_of_velocity(diffusion: Diffusion, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The x_0 of states x (B, ...) whose velocity at timesteps t (B,) is v; a velocity is linear in x_0."""
+    return diffusion.at(t, x).sigma * (diffusion.velocity(x, torch.zeros_like(x), t) - v)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Growth of errors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,8 +73,7 @@ def measure_growth(
 
     def prediction(n: int) -> Tensor:
         x, v = runs.states[:, n].to(pipe.device), runs.velocities[:, n].to(pipe.device)
-        c = diffusion.at(torch.full((len(x),), N - 1 - n, device=x.device), x)
-        return c.alpha * x - c.sigma * v
+        return x0_of_velocity(diffusion, x, v, torch.full((len(x),), N - 1 - n, device=x.device))
 
     def finish(x: Tensor, p: int) -> Tensor:
         generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
