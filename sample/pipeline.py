@@ -147,7 +147,8 @@ def choose_plan(pipe: Pipeline, plan: "Plan | str | Path | Sequence[int] | None"
 
     Args:
         plan: "N2-o1" or "0,1,4" as --cache takes it, the path of a recipe (*.json), a list of the numbers of the full
-            steps, a list of a bool for each step, or None for the pipeline's own plan.
+            steps, a list of a bool for each step, or None for the pipeline's own plan. Steps are calls of the model,
+            of which Heun's method has two a step but the last.
     """
     if plan is None or isinstance(plan, Plan):
         return plan or pipe.plan
@@ -159,8 +160,8 @@ def choose_plan(pipe: Pipeline, plan: "Plan | str | Path | Sequence[int] | None"
         return make_plan(cfg)
     steps = list(plan)
     if steps and all(isinstance(step, bool) for step in steps):
-        if len(steps) != pipe.diffusion.num_timesteps:
-            raise UserError(f"plan: {len(steps)} steps, but the run has {pipe.diffusion.num_timesteps}")
+        if len(steps) != (calls := len(make_plan(pipe.cfg, UNCACHED).full)):
+            raise UserError(f"plan: {len(steps)} steps, but the run has {calls}")
         steps = [number for number, full in enumerate(steps) if full]
     return make_plan(pipe.cfg, CacheOptions(full_steps=steps))
 

@@ -17,7 +17,7 @@ from diffusion.flow import FULL, flow_timesteps, shift_time
 from diffusion.sampling import SAMPLERS, evaluations, linear_multistep
 from models import get_models
 from sample.distributed import Environment
-from sample.pipeline import load, resolve, sample_latents, with_options
+from sample.pipeline import choose_plan, load, resolve, sample_latents, with_options
 from sample.plans import describe_plan, make_plan
 from sample.recipes import Recipe, Step, fingerprint, load_recipe, save_recipe
 from tests.conftest import save_random_weights
@@ -414,6 +414,9 @@ def test_heun_counts_two_evaluations_a_step(pipe):
     sample_latents(heun, [0], [1], on_step=lambda: ticks.append(1))
     hook.remove()
     assert len(calls) == 8 and len(ticks) == 15
+    assert choose_plan(heun, list(plan.full)).full == plan.full
+    with pytest.raises(UserError, match="plan: 8 steps, but the run has 15"):
+        choose_plan(heun, [True] * 8)
 
 
 def test_recipes_hold_real_timesteps(pipe, tmp_path):
