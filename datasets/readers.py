@@ -135,11 +135,8 @@ def read_video(
     try:
         with av.open(str(path)) as container:
             index = find_index(container, index_path)
-            if fps and len(index):
-                at_rate = index.at_rate(fps)
-                indices = [int(at_rate[i]) for i in choose(len(at_rate))]
-            else:
-                indices = choose(len(index))
+            at_rate = index.at_rate(fps)
+            indices = [int(at_rate[i]) for i in choose(len(at_rate))]
             frames = None
             if reader == "decord":
                 if index.not_decord is None:

@@ -67,11 +67,13 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self.shown_at)
 
-    def at_rate(self, fps: float) -> np.ndarray:
-        """Returns the frames of the video at `fps` frames per second, from its first frame on.
+    def at_rate(self, fps: float | None) -> np.ndarray:
+        """Returns the frames of the video at `fps` frames per second, from its first frame on; None: all frames.
 
         Each is the first frame that is shown at its time or later. A slower video repeats frames.
         """
+        if not fps or not len(self):
+            return np.arange(len(self))
         ticks = ((self.shown_at - self.shown_at[0]) * float(self.time_base) + CLOCK_ERROR) * fps  # (N,)
         return np.searchsorted(ticks, np.arange(int(ticks[-1]) + 1))
 

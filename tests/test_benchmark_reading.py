@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
 
 import av
 import pytest
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 
 from configs import ROOT, UserError
 from datasets.readers import read_video
@@ -58,7 +60,23 @@ def test_the_files_are_as_said_and_whole_files_read_alike(tmp_path, monkeypatch,
         packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.size)
     assert len(packets) == 30
     assert set(keyframes) <= {i for i, (_, is_keyframe) in enumerate(packets) if is_keyframe}
-    assert torch.equal(reading.read_whole(path, lambda n: [3, 9, n - 1]), read_video(path, lambda n: [3, 9, n - 1]))
+    for fps in (None, 10):
+        wanted = read_video(path, lambda n: [3, 9, n - 1], fps=fps)
+        assert torch.equal(reading.read_whole(path, lambda n: [3, 9, n - 1], fps), wanted)
+
+
+def test_videos_of_any_kind_and_rate_are_timed(monkeypatch, tmp_path):
+    """One that is turned, one that is broken, and frames by time."""
+    clip, videos = ROOT / "datasets/demo/train/Box/v_Box_g01_c01.mp4", tmp_path / "videos"
+    videos.mkdir()
+    command = [get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", clip, "-c", "copy", videos / "a.mp4"]
+    subprocess.run(command, check=True)
+    (videos / "b.mp4").write_text("not a video")
+    run(
+        monkeypatch, *FAST, "epochs=1", f"data_path={videos}", "dataset=ffs", "num_classes=", "fps=5",
+        "frame_interval=1", "max_bad_fraction=0.9", f"output={tmp_path}/reading.json",
+    )  # fmt: skip
+    assert list(json.loads((tmp_path / "reading.json").read_text())["ways"]) == ["whole files", "pyav", "decord"]
 
 
 def test_a_data_set_that_is_not_there_is_one_line(monkeypatch):

@@ -135,7 +135,7 @@ def chosen_frames(video: Path, cfg: FrameOptions) -> Iterator[Image.Image]:
     with av.open(str(video)) as container:
         index = find_index(container)
         to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
-    chosen = (index.at_rate(cfg.fps) if cfg.fps and len(index) else np.arange(len(index)))[:: cfg.stride]
+    chosen = index.at_rate(cfg.fps)[:: cfg.stride]
     times = np.bincount(chosen, minlength=len(index))  # more than once where the video is slower than fps
     with av.open(str(video)) as container:
         count = 0

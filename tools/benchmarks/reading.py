@@ -9,7 +9,9 @@ import copy
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +27,9 @@ from tqdm import tqdm
 from configs import ROOT, UserError, to_yaml
 from datasets import SOURCES, ClipSampler, get_dataset, load_batches
 from datasets.clips import find_videos, summary
-from datasets.readers import READERS, BadClip, Choose, ToPixels, pixel_aspect, read_video, reader_used
+from datasets.readers import READERS, BadClip, Choose, Read, ToPixels, pixel_aspect, read_video, reader_used
 from datasets.transforms import square
-from datasets.video_index import decode_in_order, find_index, forget_indices
+from datasets.video_index import VideoIndex, decode_in_order, find_index, forget_indices
 from models.autoencoder import LatentCodec, load_codec
 from models.hardware import default_device, describe_machine
 from tools.benchmarks.options import ReadingBenchmark
@@ -77,7 +79,7 @@ def benchmark(cfg: ReadingBenchmark) -> dict[str, Any]:
                 made = replace(cfg, dataset="ffs", num_classes=None, data_path=folder, video_index_path=None)
                 clips = get_dataset(made, take_corner if cfg.reader_only else square)
                 anew = copy.copy(clips)
-                anew.read = read_anew
+                anew.read = partial(read_anew, read=clips.read)
                 ways = {"its index made for each clip": Way(anew), "its index kept": Way(clips)}
                 metrics |= time_ways(made, f".mp4 of {cfg.minutes} minutes: ", ways)
     return {"machine": machine, "options": to_yaml(cfg), "ways": metrics}
@@ -106,10 +108,10 @@ def make_long_video(folder: Path, minutes: int) -> None:
     source.unlink()
 
 
-def read_anew(path: Path, choose: Choose) -> torch.Tensor:
+def read_anew(path: Path, choose: Choose, read: Read) -> torch.Tensor:
     """The chosen frames, without an index from before."""
     forget_indices()
-    return read_video(path, choose)
+    return read(path, choose)
 
 
 def verify(cfg: ReadingBenchmark) -> dict[str, dict[str, Any]]:
@@ -144,21 +146,30 @@ def verify(cfg: ReadingBenchmark) -> dict[str, dict[str, Any]]:
 
 def compare_with_decoding(path: Path, reader: str, cfg: ReadingBenchmark) -> tuple[int, int]:
     """Returns how many frames of a video a reader reads wrongly, and how many it has; frames in excess are wrong."""
-    with av.open(str(path)) as container:
-        index = find_index(container, cfg.video_index_path or None)
-        to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
+    index, plain = decode_plainly(path, cfg.video_index_path or None)
     bad = start = 0
-    with av.open(str(path)) as container:
-        plain = map(to_pixels, decode_in_order(container, index.stream, skip_broken=index.clock == "count"))
-        while start < len(index):
-            piece = range(start, min(start + PIECE, len(index)))
-            frames = read_video(path, lambda _, piece=piece: piece, reader).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
-            expected = list(islice(plain, len(frames)))
-            bad += sum(not np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=False))
-            bad += len(frames) - len(expected)
-            start += PIECE
-        bad += sum(1 for _ in plain)
+    while start < len(index):
+        piece = range(start, min(start + PIECE, len(index)))
+        frames = read_video(path, lambda _, piece=piece: piece, reader).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+        expected = list(islice(plain, len(frames)))
+        bad += sum(not np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=False))
+        bad += len(frames) - len(expected)
+        start += PIECE
+    bad += sum(1 for _ in plain)
     return bad, len(index)
+
+
+def decode_plainly(path: Path, index_path: str | None = None) -> tuple[VideoIndex, Iterator[np.ndarray]]:
+    """Returns the index of a video, and all its frames (H, W, 3) in order, decoded without a seek."""
+    with av.open(str(path)) as container:
+        index = find_index(container, index_path)
+        to_pixels = ToPixels(pixel_aspect(container.streams[index.stream]))
+
+    def decode() -> Iterator[np.ndarray]:
+        with av.open(str(path)) as container:
+            yield from map(to_pixels, decode_in_order(container, index.stream, skip_broken=index.clock == "count"))
+
+    return index, decode()
 
 
 def time_ways(cfg: ReadingBenchmark, prefix: str, ways: dict[str, Way] | None = None) -> dict[str, dict[str, Any]]:
@@ -184,7 +195,7 @@ def make_ways(cfg: ReadingBenchmark) -> dict[str, Way]:
     if SOURCES[cfg.dataset].files == "video":
         pyav, decord = (get_dataset(replace(pixels, video_reader=name), prepare) for name in ("pyav", "decord"))
         whole = copy.copy(pyav)
-        whole.read = read_whole
+        whole.read = partial(read_whole, fps=cfg.fps)
         assert torch.equal(whole[0]["video"], pyav[0]["video"])
         ways = {"whole files": Way(whole), "pyav": Way(pyav), "decord": Way(decord)}
     else:
@@ -209,12 +220,14 @@ def read_epoch(way: Way, cfg: ReadingBenchmark, epoch: int) -> float:
     return (time.perf_counter() - start) / (num_batches * batch_size)
 
 
-def read_whole(path: Path, choose: Choose) -> torch.Tensor:
+def read_whole(path: Path, choose: Choose, fps: float | None) -> torch.Tensor:
     """The chosen frames (F, 3, H, W), as `read_video` gives them, picked from all the frames of the file."""
-    with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    return torch.from_numpy(frames[choose(len(frames))]).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
+    try:
+        index, plain = decode_plainly(path)
+        at_rate, frames = index.at_rate(fps), np.stack(list(plain))
+    except (av.FFmpegError, OSError) as error:
+        raise BadClip(f"does not decode ({type(error).__name__})") from error
+    return torch.from_numpy(frames[at_rate[choose(len(at_rate))]]).permute(0, 3, 1, 2)  # (F, H, W, 3) -> (F, 3, H, W)
 
 
 def take_corner(frames: torch.Tensor, size: int, flip: bool) -> torch.Tensor:
