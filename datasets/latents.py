@@ -8,7 +8,6 @@ A VAE that compresses time encodes clips, not frames. Its files hold W clips fro
 which is the number of frames of the video.
 """
 
-import json
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError, require_path
-from configs.files import check_same_settings
+from configs.files import check_same_settings, read_record
 from datasets.readers import BadClip, Choose
 
 SUFFIX = ".safetensors"
@@ -81,7 +80,7 @@ def latent_settings(args: Any, of_clips: bool) -> dict[str, Any]:
 
 def have_statistics(args: Any) -> bool:
     """Whether the VAE that encoded the latents at `args.latents_path` states their statistics."""
-    return json.loads(Path(args.latents_path, RECORD).read_text()).get("has_statistics", True)
+    return read_record(Path(args.latents_path, RECORD), "latents_path").get("has_statistics", True)
 
 
 def check_latents(args: Any, encoder: str | None = None) -> None:
@@ -93,7 +92,7 @@ def check_latents(args: Any, encoder: str | None = None) -> None:
     record = require_path(args, "latents_path", folder=True) / RECORD
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
-    made = json.loads(record.read_text())
+    made = read_record(record, "latents_path")
     check_same_settings(made, latent_settings(args, "num_frames" in made), "latents_path", record.parent)
     if encoder and made.get("encoder") != encoder:
         raise UserError(f"vae: the latents in {record.parent} are of another VAE, {made['vae']}; use that one")

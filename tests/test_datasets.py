@@ -433,6 +433,12 @@ def test_unusable_latents_are_skipped_and_named(tmp_path, moments, reason):
     assert len(item["skipped"]) == 1 and re.match(rf"{tmp_path}/bad.mp4.safetensors: {reason}", item["skipped"][0])
 
 
+def test_a_damaged_record_of_latents_is_one_line(tmp_path):
+    (tmp_path / "latents.json").write_text("{")
+    with pytest.raises(UserError, match=r"^latents_path: .*/latents.json is damaged"):
+        get_dataset(options("ffs", tmp_path, latents_path=str(tmp_path)))
+
+
 def test_latents_of_several_sizes_are_named(tmp_path):
     for i, size in enumerate((3, 4)):
         save_file({"moments": torch.zeros(9, 2, 8, size, size).half()}, tmp_path / f"{i}.mp4.safetensors")

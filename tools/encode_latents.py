@@ -12,7 +12,6 @@ with a VAE that compresses time, W clips of F frames, f frames of latents each.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_path, check_record, check_writable, file_hash, write_json
+from configs.files import atomic_path, check_record, check_writable, file_hash, read_record, write_json
 from datasets import class_changes, get_dataset
 from datasets.clips import ClipDataset, crop_at, summary, survey
 from datasets.latents import RECORD, SUFFIX, latent_settings
@@ -171,7 +170,7 @@ def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset,
     """Writes what the latents are made with; UserError if `latents_path` holds latents of other settings."""
     path = Path(cfg.latents_path, RECORD)
     if check_record(path, settings, "latents_path"):
-        before = json.loads(path.read_text()).get("classes")
+        before = read_record(path, "latents_path").get("classes")
         if before and clips.classes and (changes := class_changes(before, clips.classes)):
             print(f"the classes have changed: {changes}")
         drop_orphans(cfg, clips)
