@@ -42,14 +42,14 @@ class Survey:
     """The files of a kind under a folder, and what the search could not read or did not enter."""
 
     root: Path
-    folders: list[tuple[Path, list[str]]]  # the folders that hold such files, sorted, and the files' names
+    folders: list[tuple[Path, list[str]]]  # the folders that hold such files and the files' names, sorted
     unreadable: list[str]  # folders, links and special files that cannot be read, with the reasons
     ignored: list[str]  # hidden folders, folders of tools, links to folders that are found without them
 
     @property
     def files(self) -> list[Path]:
         """The files, sorted folder by folder."""
-        return [folder / name for folder, names in self.folders for name in sorted(names)]
+        return [folder / name for folder, names in self.folders for name in names]
 
     def notes(self) -> list[str]:
         """Returns what a user should know about the search, a line each."""
@@ -64,10 +64,11 @@ def survey(root: Path, suffixes: set[str]) -> Survey:
     """
     found = Survey(root, [], [], [])
     entered: set[str] = set()
-    folders, links = deque([(root, os.path.realpath(root))]), deque()  # (path, real path)
+    real_root = os.path.realpath(root)
+    folders, links = deque([(root, real_root)]), deque()  # (path, real path)
     while folders or links:
         folder, real = (folders or links).popleft()
-        if real in entered or (folder != root and _contains(real, os.path.realpath(root))):
+        if real in entered or (folder != root and _contains(real, real_root)):
             found.ignored.append(f"{folder} (a link to {real})")
             continue
         entered.add(real)
