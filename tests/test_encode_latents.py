@@ -188,6 +188,7 @@ def test_folders_of_frames_are_encoded_again_when_an_image_changes(tiny, tmp_pat
     options += ["dataset=frame_folder", "image_size=32"]
     run(monkeypatch, options)
     first = written(tmp_path / "out")
+    (tmp_path / "frames/a/.DS_Store").write_text("of macOS")
     Image.new("RGB", (32, 32), (0, 99, 0)).save(tmp_path / "frames/b/2.png")
     run(monkeypatch, options)
     assert encoded_again(first, tmp_path / "out") == ["b.safetensors"]

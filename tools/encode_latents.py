@@ -12,6 +12,7 @@ with a VAE that compresses time, W clips of F frames, f frames of latents each.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +37,7 @@ from configs.files import atomic_path, check_record, check_writable, file_hash, 
 from datasets import class_changes, get_dataset
 from datasets.clips import ClipDataset, crop_at, summary, survey
 from datasets.latents import RECORD, SUFFIX, latent_settings
-from datasets.readers import BadClip, Read
+from datasets.readers import IMAGE_SUFFIXES, BadClip, Read, has_suffix
 from datasets.transforms import square
 from models.autoencoder import LatentCodec, load_codec, vae_file
 from models.vaes import describe_vae, own_class, vae_spec
@@ -58,7 +59,9 @@ def latents_file(cfg: TrainConfig, video: Path) -> Path:
 
 def video_facts(video: Path, content: bool) -> dict[str, str]:
     """The size, the time of change and, with `content`, the SHA-256 of a video file or of a folder of frames."""
-    files = [path for path in sorted(video.iterdir()) if path.is_file()] if video.is_dir() else [video]
+    files = [video]
+    if video.is_dir():
+        files = [path for path in sorted(video.iterdir()) if has_suffix(path.name, IMAGE_SUFFIXES)]
     stats = [file.stat() for file in files]
     facts = {"size": sum(each.st_size for each in stats), "changed": max(each.st_mtime_ns for each in stats)}
     if content:
@@ -238,9 +241,7 @@ def describe_encoding(cfg: TrainConfig) -> list[str]:
 
 def main() -> None:
     args = parser.parse_args()
-    overrides = [
-        item.replace("output=", "latents_path=") if item.startswith("output=") else item for item in args.overrides
-    ]
+    overrides = [re.sub("^output=", "latents_path=", item) for item in args.overrides]
     cfg = load_config(TrainConfig, args.config, overrides)
     if not cfg.latents_path:
         raise UserError("latents_path is not set: give the folder to write as latents_path=PATH")
