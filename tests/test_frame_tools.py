@@ -227,6 +227,7 @@ def test_a_frame_that_cannot_be_written_is_a_failure_and_leaves_nothing(videos, 
         (["frame_data_path=out"], "data_path is not set"),
         (["data_path={videos}"], "frame_data_path is not set: give the folder of the frames"),
         (["data_path={videos}/../empty", "frame_data_path=out"], "data_path: there are no video files under"),
+        (["data_path=" + __file__, "frame_data_path=out"], "data_path: .* is a file, where a folder is needed"),
         (["data_path={videos}", "frame_data_path=out", "frame_format=gif"], "frame_format: 'gif' .*valid: jpg, png"),
         (["data_path={videos}", "frame_data_path=out", "fps=-3"], "fps: -3.0 is not above 0"),
         (["data_path={videos}", "frame_data_path=out", "stride=0"], "stride: 0 is less than 1"),
@@ -275,14 +276,16 @@ def test_converted_and_listed_stills_train_with_their_classes(videos, tmp_path):
 
 
 def test_a_list_holds_every_image_at_any_depth_in_the_order_of_its_number(tmp_path):
-    names = ["a/f_2.png", "a/f_10.png", "a/deep/er/1.JPG", "b_1.webp", "a/notes.txt", "a/._f_2.png"]
+    latin = b"B\xe4r.png".decode("utf-8", "surrogateescape")  # a name that is not UTF-8
+    names = ["a/f_2.png", "a/f_10.png", "a/deep/er/1.JPG", "b_1.webp", "a/notes.txt", "a/._f_2.png", f"c/{latin}"]
     for name in names:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).touch()
     convert(f"frame_data_path={tmp_path}/tree", f"frame_data_txt={tmp_path}/list.txt")
-    assert (tmp_path / "list.txt").read_text() == "b_1.webp\na/f_2.png\na/f_10.png\na/deep/er/1.JPG\n"
+    expected = b"b_1.webp\na/f_2.png\na/f_10.png\na/deep/er/1.JPG\nc/B\xe4r.png\n"
+    assert (tmp_path / "list.txt").read_bytes() == expected
     paths, labels = read_frame_list(tmp_path / "list.txt", tmp_path / "tree", None)
-    assert all(path.exists() for path in paths) and labels == [0] * 4
+    assert all(path.exists() for path in paths) and labels == [0] * 5
 
 
 def test_a_seed_names_an_order(tmp_path):

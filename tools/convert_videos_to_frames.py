@@ -60,9 +60,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.files import check_record, write_json, write_text
-from datasets.clips import find_frame_folders, find_videos, summary
-from datasets.readers import IMAGE_SUFFIXES, BadClip, ToPixels, has_suffix, natural_order, pixel_aspect
+from configs.files import atomic_path, check_record, write_json
+from datasets.clips import find_videos, summary, survey
+from datasets.readers import IMAGE_SUFFIXES, BadClip, ToPixels, natural_order, pixel_aspect
 from datasets.transforms import square
 from datasets.video_index import decode_in_order, find_index
 
@@ -76,7 +76,7 @@ def find_folders(cfg: FrameOptions) -> dict[Path, Path]:
     Raises:
         UserError: there are no videos, or the frames of two of them would mix.
     """
-    source, videos = require_path(cfg, "data_path"), {}
+    source, videos = require_path(cfg, "data_path", folder=True), {}
     for video in find_videos(source):  # a.avi comes before a/b.avi
         folder = Path(cfg.frame_data_path) / video.relative_to(source).with_suffix("")
         if taken := videos.keys() & {folder, *folder.parents}:
@@ -158,10 +158,14 @@ def list_frames(root: Path, shuffle_seed: int | None = None) -> list[str]:
     Raises:
         UserError: there are none.
     """
-    lines = []
-    for folder in find_frame_folders(root):
-        names = [path.name for path in folder.iterdir() if has_suffix(path.name, IMAGE_SUFFIXES)]
-        lines += [(folder / name).relative_to(root).as_posix() for name in sorted(names, key=natural_order)]
+    found = survey(root, IMAGE_SUFFIXES)
+    for note in found.notes():
+        print(note)
+    lines = [
+        (folder / name).relative_to(root).as_posix()
+        for folder, names in found.folders
+        for name in sorted(names, key=natural_order)
+    ]
     if not lines:
         raise UserError(f"frame_data_path: there are no images under {root}")
     if shuffle_seed is not None:
@@ -183,7 +187,8 @@ def main() -> None:
         convert_all(videos, cfg)
     if cfg.frame_data_txt:
         lines = list_frames(Path(cfg.frame_data_path), cfg.shuffle_seed)
-        write_text(cfg.frame_data_txt, "\n".join(lines) + "\n")
+        with atomic_path(cfg.frame_data_txt) as temporary:
+            temporary.write_bytes(os.fsencode("\n".join(lines) + "\n"))  # names that are not UTF-8 as they are
         print(f"{cfg.frame_data_txt}: {len(lines)} images")
 
 
