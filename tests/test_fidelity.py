@@ -343,6 +343,16 @@ def test_two_processes_give_the_metrics_of_one(tiny, real, tmp_path, monkeypatch
             assert values["each"] == pytest.approx(theirs["twin"][metric]["each"], rel=1e-3), metric
 
 
+def test_controls_cost_what_a_plan_of_heun_costs(tiny, tmp_path, monkeypatch, capsys):
+    """Heun's method runs the model 11 times in 6 steps; DDIM, DPM-Solver++ and UniPC once in a step."""
+    run(monkeypatch, tiny, tmp_path, "--cache", "N2", "sample_method=heun", "num_clips=6", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    macs = {line[8:].split(" with")[0]: line.split("; ")[1] for line in lines if line.startswith("# plan: ")}
+    plan, full = (float(macs[f"{name}, heun 6"].split()[0]) for name in ("N2", "uncached"))
+    steps = int(plan / (full / 11))
+    assert 6 < steps < 11 and {f"uncached, {s} {steps}" for s in ("ddim", "dpmsolver++", "unipc")} < macs.keys()
+
+
 def test_controls_of_a_sampler_that_draws_noise_do_not_pair(tiny, tmp_path, monkeypatch, capsys):
     """DDPM: a plan has metrics against its twins, its control proxy distances only; the table says why."""
     run(monkeypatch, tiny, tmp_path, "--cache", "N2", "sample_method=ddpm", "num_clips=6")

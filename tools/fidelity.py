@@ -26,7 +26,7 @@ plans, steps, guidance or seeds add to the same folder, and so does tools/sweep.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,10 +70,12 @@ def main() -> None:
         solvers = (twin.method,) if twin.draws_noise(cfg.eta) else SOLVERS
         for cell in cells:
             runs[cell.plan] = cell
-            num_steps = int(twin.steps * plan_of(cell).macs / plan_of(twin).macs + ROUNDING)
-            wanted = solvers if cfg.controls and num_steps > 1 else ()
-            controls[cell] = tuple(Cell(solver, num_steps, twin.guidance) for solver in wanted)
-            runs |= {f"{each.method}, {num_steps} steps": each for each in controls[cell] if each != twin}
+            steps = {}
+            for solver in solvers if cfg.controls else ():
+                uncached = plan_of(replace(twin, method=solver))  # heun runs the model twice in a step, others once
+                steps[solver] = int(twin.steps * plan_of(cell).macs / uncached.macs + ROUNDING)
+            controls[cell] = tuple(Cell(solver, num, twin.guidance) for solver, num in steps.items() if num > 1)
+            runs |= {f"{each.method}, {each.steps} steps": each for each in controls[cell] if each != twin}
         tasks = [Task(cell, twin, controls=controls.get(cell, ())) for cell in dict.fromkeys(runs.values())]
         rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)
     if rows:
