@@ -1,6 +1,7 @@
 """Protocols by name, against an implementation of each from its tool's description, with numpy and Pillow alone."""
 
 import json
+import shutil
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -154,10 +155,25 @@ def test_protocols_differ(data, networks, monkeypatch, tmp_path):
 
 
 def test_frames_of_all_videos_are_kept(data, networks, monkeypatch, tmp_path):
-    """The second run reads no video, and gives the same score."""
+    """The second run reads no video, and gives the same score; so does another seed, which chooses other clips."""
     options = ["protocol=latte", "metrics=fid", f"feature_path={tmp_path}/features"]
-    first, second = (run(monkeypatch, tmp_path, data, networks, *options) for _ in range(2))
-    assert first["metrics"] == second["metrics"] and second["real"]["all_frames"]["from_cache"]
+    first, *others = (run(monkeypatch, tmp_path, data, networks, *options, f"seed={seed}") for seed in (0, 0, 1))
+    for record in others:
+        assert record["metrics"]["fid"] == pytest.approx(first["metrics"]["fid"])
+        assert record["real"]["all_frames"]["from_cache"]
+        assert first["real"]["sha256"] == record["real"]["sha256"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit is deprecated; the published files are not
+def test_videos_that_all_frames_lack_are_named(data, networks, monkeypatch, tmp_path):
+    """A broken video is passed over and named, also where only FID over all frames reads it."""
+    shutil.copytree(data / "real", tmp_path / "real")
+    broken = next(path for path in sorted((tmp_path / "real").glob("*/*")) if path.is_dir())
+    next(broken.iterdir()).write_bytes(b"")
+    options = ["protocol=latte", "metrics=fid", f"real_path={tmp_path}/real", "max_bad_fraction=0.5"]
+    record = run(monkeypatch, tmp_path, data, networks, *options)
+    (warning,) = (line for line in record["warnings"] if "broken" in line)
+    assert warning.startswith("real, all frames: 1 broken videos were passed over") and broken.name in warning
 
 
 def test_jpeg_files_are_not_compressed_again(tmp_path):

@@ -112,17 +112,18 @@ def evaluate(
     networks = {name: load_output(name, found[DETECTOR_OF[name]], env.device) for name in outputs}
     whole = ["fid"] if cfg.fid_frames == "all" and "fid" in metrics else []
     of_clips = {OUTPUT_OF[metric]: networks[OUTPUT_OF[metric]] for metric in two_sided(cfg) if metric not in whole}
-    of_real = real_features(real, of_clips, found, cfg, env) if of_clips else Features({}, {})
+    sha256 = env.from_first(real.fingerprint) if real else ""
+    of_real = real_features(real, sha256, of_clips, found, cfg, env) if of_clips else Features({}, {})
     if whole:
         videos = VideoFiles(cfg, "real_path", sys.maxsize, stride=None)
-        of_frames = real_features(videos, {"inception": networks["inception"]}, found, cfg, env)
+        of_frames = real_features(videos, sha256, {"inception": networks["inception"]}, found, cfg, env)
     of_fake = extract(fake, networks, cfg, env)
     seconds = env.gather(getattr(fake, "seconds", []))
     if not env.is_main:
         return None
 
     record: dict[str, Any] = {"metrics": {}, "protocol": protocol_record(cfg)}
-    record["real"] = real and real.describe() | of_real.report | {"sha256": real.fingerprint()}
+    record["real"] = real and real.describe() | of_real.report | {"sha256": sha256}
     if whole:
         record["real"] |= {"all_frames": of_frames.report}
     record |= {"fake": fake.describe() | of_fake.report, "detectors": {name: f._asdict() for name, f in found.items()}}

@@ -45,8 +45,9 @@ def find_caveats(record: Record) -> list[str]:
             lines.append(f"{protocol['name']}: {protocol['warning']}")
     if clips < settings["num_fake"]:
         lines.append(f"{clips} fake clips, num_fake={settings['num_fake']}: compare with as many only")
-    for key in ("real", "fake"):
-        row = {"too_short": 0, "broken": []} | (record[key] or {})
+    real = record["real"] or {}
+    for key, found in (("real", real), ("real, all frames", real.get("all_frames", {})), ("fake", record["fake"])):
+        row = {"too_short": 0, "broken": []} | found
         if row["too_short"]:
             lines.append(f"{key}: {row['too_short']} videos with too few frames for this stride were dropped")
         if row["broken"]:

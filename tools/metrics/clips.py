@@ -175,9 +175,9 @@ class VideoFiles:
         return facts
 
     def fingerprint(self) -> str:
-        """A hash of the names and bytes of all files."""
+        """A hash of the names and bytes of all files, whatever clips of them the seed chooses."""
         digest = hashlib.sha256()
-        for path, _ in self.clips:
+        for path, _ in sorted(self.clips):
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                 content = file_hash(file) if file.is_file() else ""  # a broken link, a folder of other frames
                 digest.update(f"{file.relative_to(self.root)}\0{content}\n".encode())

@@ -119,17 +119,23 @@ def check_broken(key: str, broken: list[str], seen: int, cfg: ClipOptions) -> No
 
 
 def real_features(
-    source: VideoFiles, networks: Networks, found: dict[str, DetectorFile], cfg: EvaluateConfig, env: Environment
+    source: VideoFiles,
+    sha256: str,
+    networks: Networks,
+    found: dict[str, DetectorFile],
+    cfg: EvaluateConfig,
+    env: Environment,
 ) -> Features:
     """Features of the real set, kept in `feature_path` for the next run. Only the first process surely has them.
 
     Args:
         source: clips, for `extract`; or whole videos, for `scatter_of_frames`.
+        sha256: the fingerprint of its files, which takes long to compute.
     """
     compute, kept_by = (extract, CLIPS_KEPT_BY) if source.stride else (scatter_of_frames, FRAMES_KEPT_BY)
     files: dict[str, Path] = {}
     if cfg.feature_path:
-        facts = [VERSION, compute.__name__, env.from_first(source.fingerprint), *(getattr(cfg, key) for key in kept_by)]
+        facts = [VERSION, compute.__name__, sha256, *(getattr(cfg, key) for key in kept_by)]
         for name in networks:
             key = json.dumps([*facts, OUTPUTS[name], found[DETECTOR_OF[name]].sha256])
             files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
