@@ -228,9 +228,7 @@ def compare(report: dict[str, Any], train: dict[str, Any], test: dict[str, Any])
     report["mean"]["ratio"] = {key: report["mean"][key] / train["mean"][key] for key in MEASURES}
     for name, row in report["by_class"].items():
         row["ratio"] = {key: row[key] / train["by_class"][name][key] for key in MEASURES}
-    ratios = [
-        row["ratio"]["motion"] for row in report["by_class"].values()
-    ]  # a ratio of means hides classes that stand
+    ratios = [row["ratio"]["motion"] for row in report["by_class"].values()]  # their mean hides classes that stand
     report["mean"]["motion_ratios"] = {"mean": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)}
     limits = [row["nearest_of_all"] for row in test["by_class"].values()]
     report["nearer"] = sum(clip["nearest"] < limits[clip["label"]] for clip in report["each"]) / report["clips"]
@@ -248,9 +246,8 @@ def report_tables(reports: dict[str, dict[str, Any]]) -> str:
         accuracy = f"{report['accuracy']:.1%} ({low:.1%}-{high:.1%})"
         cells = {"proxy judge": name, "clips": str(report["clips"]), "accuracy": accuracy}
         cells |= measures(report["mean"]) | {"nearer": f"{report['nearer']:.1%}"}
-        cells["motion"] += " classes {least:.2f} to {most:.2f}x, mean {mean:.2f}x".format(
-            **report["mean"]["motion_ratios"]
-        )
+        spread = report["mean"]["motion_ratios"]
+        cells["motion"] += " classes {least:.2f} to {most:.2f}x, mean {mean:.2f}x".format(**spread)
         if not name.startswith("real "):
             cells["nearer"] += f" (train clips to others: {reports['real train']['nearer']:.1%})"
         sets.append(cells)

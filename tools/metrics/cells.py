@@ -232,17 +232,18 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
     # All that the seconds depend on, beside the cell. Seconds compare only where this is the same.
     machine = f"{describe_machine(env.device)}, processes: {env.world_size}, clips a batch: {cfg.per_proc_batch_size}"
     machine += f", attention: {cfg.attention_mode}" + ", compiled" * cfg.use_compile
+    cells = dict.fromkeys(task.cell for _, todo in work for task in todo)
+    ways = {cell: with_options(pipe, **cell.options()) for cell in cells}
     for task in work[0][1]:  # warms up
-        own = with_options(pipe, **task.cell.options())
+        own = ways[task.cell]
         sample_latents(shortened(own, own.plan), work[0][0], labels_of(work[0][0], cfg))
-    total = sum(task.cell.steps for _, todo in work for task in todo)
+    total = sum(len(ways[task.cell].plan.full) for _, todo in work for task in todo)
     with tqdm(total=total, unit="step", mininterval=1, disable=not env.is_main) as bar:
         for seeds, todo in work:
             labels = labels_of(seeds, cfg)
             decoded = {}  # twin -> latents (B, F, C, h, w), videos (B, F, 3, H, W)
             for task in todo:
-                own = with_options(pipe, **task.cell.options())
-                latents, seconds = timed(env.device, sample_latents, own, seeds, labels, None, bar.update)
+                latents, seconds = timed(env.device, sample_latents, ways[task.cell], seeds, labels, None, bar.update)
                 if task.cell in twins:
                     save_latents(cfg, task.cell, seeds, latents)
                 videos, pairs = pipe.codec.decode(latents), {}
@@ -362,9 +363,7 @@ def summarize(
             "proxy_real": to_real.get("value"),
             "proxy_real_interval": to_real.get("interval"),
             "proxy_real_change": None,  # against the twins
-            "diversity": None
-            if real is None
-            else neighbourhoods(real[:, 0], features[cell]),  # of the proxy's features
+            "diversity": None if real is None else neighbourhoods(real[:, 0], features[cell]),  # by the proxy's
             "control": None,  # name of the best control against the twins
         }
         if real is not None and "twin" in pairs:
@@ -375,9 +374,7 @@ def summarize(
             rows[cell][role] = {metric: aggregate([clip[metric] for clip in clips], classes) for metric in metrics}
             # What each control that pairs has against the same clips.
             found = {other.name: measured[other.name].pairs.get(pairs.get(role), {}) for other in task.controls}
-            rivals = {
-                name: [own[s] for s in seeds] for name, own in found.items() if clips and own.keys() >= set(seeds)
-            }
+            rivals = {name: [of[s] for s in seeds] for name, of in found.items() if clips and of.keys() >= set(seeds)}
             best = min(rivals, key=lambda name: sum(clip["relative_l1"] for clip in rivals[name]), default=None)
             paired = {metric: against(metric, clips, rivals[best]) for metric in metrics if best}
             rows[cell][f"{role}_control"] = {metric: interval for metric, interval in paired.items() if interval}
