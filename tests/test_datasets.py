@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from configs import ROOT, UserError
+from configs import ROOT, TrainConfig, UserError
 from datasets import SOURCES, ClipSampler, class_changes, class_index, class_names, get_dataset, load_batches
 from datasets.clips import ClipDataset, class_folders, find_frame_folders, temporal_crop
 from datasets.readers import BadClip, natural_order, read_frame_folder, read_image, read_video
@@ -113,12 +113,10 @@ def frame_list(tmp_path_factory, clips) -> Path:
     return path
 
 
-def options(dataset: str, root: Path, **changes) -> SimpleNamespace:
-    values = dict(dataset=dataset, data_path=str(root), frame_data_path=None, frame_data_txt=None)
-    values |= dict(num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE, use_image_num=0, num_classes=None)
-    values |= dict(global_seed=7, video_reader="pyav", max_bad_fraction=0.9, latents_path=None, horizontal_flip=None)
-    values |= dict(fps=None, short_clips="spread", video_index_path=None)
-    return SimpleNamespace(**(values | changes))
+def options(dataset: str, root: Path, **changes) -> TrainConfig:
+    values = dict(dataset=dataset, data_path=str(root), num_frames=NUM_FRAMES, frame_interval=2, image_size=SIZE)
+    values |= dict(global_seed=7, max_bad_fraction=0.9, video_index_path=None)
+    return TrainConfig(**(values | changes))
 
 
 # Which frames

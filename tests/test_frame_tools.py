@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
-from configs import ROOT, UserError
+from configs import ROOT, TrainConfig, UserError
 from datasets import get_dataset
 from datasets.clips import find_frame_folders
 from datasets.joint import read_frame_list
@@ -56,17 +55,9 @@ def ffmpeg(source: Path, target: Path, *options: str, before: tuple[str, ...] = 
 
 
 def dataset(kind: str, root: Path, **changes) -> torch.utils.data.Dataset:
-    values = dict(
-        dataset=kind,
-        data_path=str(root),
-        frame_data_path=None,
-        frame_data_txt=None,
-        latents_path=None,
-        max_bad_fraction=0.0,
-    )
-    values |= dict(num_frames=8, frame_interval=2, image_size=32, use_image_num=0, num_classes=2, horizontal_flip=None)
-    values |= dict(fps=None, short_clips="spread", video_index_path=None)
-    return get_dataset(SimpleNamespace(**(values | dict(global_seed=7, video_reader="decord") | changes)))
+    values = dict(dataset=kind, data_path=str(root), num_frames=8, frame_interval=2, image_size=32, num_classes=2)
+    values |= dict(global_seed=7, video_reader="decord", video_index_path=None, max_bad_fraction=0.0)
+    return get_dataset(TrainConfig(**(values | changes)))
 
 
 # Videos to frames

@@ -6,7 +6,6 @@ Both readers, the data set, the converter to frames and the encoder of latents a
 import subprocess
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,7 +15,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors import safe_open
 
-from configs import UserError
+from configs import TrainConfig, UserError
 from datasets import ClipSampler, get_dataset, load_batches, video_index
 from datasets.readers import BadClip, read_frame_folder, read_image, read_video
 from tools import benchmark, convert_videos_to_frames, encode_latents
@@ -381,10 +380,8 @@ def test_the_folder_of_indices_and_those_in_memory_are_bounded(files, long_video
 
 
 def clips_of(folder: Path, **changes) -> torch.utils.data.Dataset:
-    args = dict(dataset="ffs", data_path=str(folder), num_frames=8, frame_interval=1, image_size=16, use_image_num=0)
-    args |= dict(num_classes=None, global_seed=0, video_reader="pyav", latents_path=None, horizontal_flip=False)
-    args |= dict(fps=None, short_clips="spread", video_index_path=None, frame_data_txt=None, frame_data_path=None)
-    return get_dataset(SimpleNamespace(**(args | changes)))
+    args = dict(dataset="ffs", data_path=str(folder), num_frames=8, frame_interval=1, image_size=16)
+    return get_dataset(TrainConfig(**(args | dict(video_index_path=None) | changes)))
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "late.mp4", "edit.mp4", "unseen.webm", "same_time.mkv", "joined.mpg"])
