@@ -28,10 +28,11 @@ X264 = "-c:v libx264 -g 12 -crf 15 -pix_fmt yuv420p"
 COPY, B_FRAMES = "-c copy", f"{X264} -bf 2 -b_strategy 0"
 PALETTE = "-filter_complex split[a][b];[a]palettegen[p];[b][p]paletteuse"
 OPEN_HEVC = "-c:v libx265 -pix_fmt yuv420p -x265-params log-level=none:open-gop=1:keyint=12:min-keyint=12:scenecut=0"
+ALL = (NUM, HEIGHT, WIDTH), (0, NUM - 1)  # all frames, whole
 
 # name -> the fault; the input and the options that make it; frames, height and width; numbers of the first and the last
 FILES = {
-    "plain.mp4": ("none", "-i in.mp4 -c copy", (48, 64, 96), (0, 47)),
+    "plain.mp4": ("none", "-i in.mp4 -c copy", *ALL),
     "hflip.mp4": ("mirrored", f"-display_hflip -i in.mp4 {COPY}", (48, 64, 96), None),
     "vflip.mkv": ("mirrored", f"-display_vflip -i in.mp4 {COPY}", (48, 64, 96), None),
     "rot90.mp4": ("turned", f"-display_rotation 90 -i in.mp4 {COPY}", (48, 96, 64), None),
@@ -40,43 +41,35 @@ FILES = {
     "transposed.mp4": ("turned, mirrored", f"-display_rotation 90 -display_hflip -i in.mp4 {COPY}", (48, 96, 64), None),
     "anti.mp4": ("turned, mirrored", f"-display_rotation 270 -display_hflip -i in.mp4 {COPY}", (48, 96, 64), None),
     "rot45.mp4": ("turned by 45", f"-display_rotation 45 -i in.mp4 {COPY}", "no multiple of 90", None),
-    "pal8.avi": ("the palette comes once", f"-i in.mp4 {PALETTE} -c:v rawvideo -pix_fmt pal8", (48, 64, 96), (0, 47)),
+    "pal8.avi": ("the palette comes once", f"-i in.mp4 {PALETTE} -c:v rawvideo -pix_fmt pal8", *ALL),
     "joined.ts": ("the clock restarts", None, (96, 64, 96), (0, 0)),
     "joined.mpg": ("the clock restarts", None, (96, 64, 96), (0, 46)),
     "same_time.mkv": (
-        "two frames at one time", f"-i in.mp4 {X264} -bf 0 -vf setpts=N*N*40/TB/1000 -fps_mode passthrough",
-        (48, 64, 96), (0, 47),
+        "two frames at one time", f"-i in.mp4 {X264} -bf 0 -vf setpts=N*N*40/TB/1000 -fps_mode passthrough", *ALL,
     ),
-    "variable.mp4": (
-        "no frame rate", f"-i in.mp4 {B_FRAMES} -vf setpts=N*(N+9)*4/TB/1000 -fps_mode passthrough",
-        (48, 64, 96), (0, 47),
-    ),
+    "variable.mp4": ("no frame rate", f"-i in.mp4 {B_FRAMES} -vf setpts=N*(N+9)*4/TB/1000 -fps_mode passthrough", *ALL),
     "refresh.mp4": (
-        "keyframes that are none", f"-i in.mp4 {X264} -x264-params intra-refresh=1:keyint=12:bframes=0",
-        (48, 64, 96), (0, 47),
+        "keyframes that are none", f"-i in.mp4 {X264} -x264-params intra-refresh=1:keyint=12:bframes=0", *ALL,
     ),
-    "all_sync.mp4": ("all frames are called keyframes", None, (48, 64, 96), (0, 47)),
-    "negative.mkv": ("times below 0", f"-ss 0.5 -i in.mp4 {COPY} -avoid_negative_ts disabled", (48, 64, 96), (0, 47)),
+    "all_sync.mp4": ("all frames are called keyframes", None, *ALL),
+    "negative.mkv": ("times below 0", f"-ss 0.5 -i in.mp4 {COPY} -avoid_negative_ts disabled", *ALL),
     "edit.mp4": ("an edit list", f"-ss 1.5 -i b.mp4 {COPY}", (30, 64, 96), (18, 47)),
-    "late.mp4": ("times from 5 s on", f"-i in.mp4 {COPY} -output_ts_offset 5", (48, 64, 96), (0, 47)),
-    "order.mp4": ("times in the order of decoding", f"-i b.avi {COPY}", (48, 64, 96), (0, 47)),
-    "fragments.mp4": ("fragmented", f"-i b.mp4 {COPY} -movflags frag_keyframe+empty_moov", (48, 64, 96), (0, 47)),
-    "wrap.ts": ("the clock overflows", f"-i b.mp4 {COPY} -output_ts_offset 95442", (48, 64, 96), (0, 47)),
-    "two.mp4": ("two videos", f"-i small.mp4 -i in.mp4 -map 0 -map 1 {COPY}", (48, 64, 96), (0, 47)),
+    "late.mp4": ("times from 5 s on", f"-i in.mp4 {COPY} -output_ts_offset 5", *ALL),
+    "order.mp4": ("times in the order of decoding", f"-i b.avi {COPY}", *ALL),
+    "fragments.mp4": ("fragmented", f"-i b.mp4 {COPY} -movflags frag_keyframe+empty_moov", *ALL),
+    "wrap.ts": ("the clock overflows", f"-i b.mp4 {COPY} -output_ts_offset 95442", *ALL),
+    "two.mp4": ("two videos", f"-i small.mp4 -i in.mp4 -map 0 -map 1 {COPY}", *ALL),
     "default.mkv": (
         "two videos", f"-i in.mp4 -i small.mp4 -map 0 -map 1 {COPY} -disposition:v:0 0 -disposition:v:1 default",
         (48, 32, 48), (0, 47),
     ),
-    "cover.mp4": (
-        "cover art", f"-i in.mp4 -i cover.png -map 1 -map 0 {COPY} -disposition:v:0 attached_pic",
-        (48, 64, 96), (0, 47),
-    ),
+    "cover.mp4": ("cover art", f"-i in.mp4 -i cover.png -map 1 -map 0 {COPY} -disposition:v:0 attached_pic", *ALL),
     "starts_late.ts": ("starts without a keyframe", None, (24, 64, 96), (24, 47)),
     "unseen.webm": (
         "frames that nobody sees", "-i in.mp4 -c:v libvpx -auto-alt-ref 1 -lag-in-frames 16 -g 24 -crf 10 -b:v 200k",
-        (48, 64, 96), (0, 47),
+        *ALL,
     ),
-    "interlaced.mp4": ("interlaced", f"-i in.mp4 {X264} -x264-params interlaced=1", (48, 64, 96), (0, 47)),
+    "interlaced.mp4": ("interlaced", f"-i in.mp4 {X264} -x264-params interlaced=1", *ALL),
     "bt709.mp4": ("BT.709", f"-i in.mp4 {X264} -colorspace bt709 -vf scale=out_color_matrix=bt709", (48, 64, 96), None),
     "bt2020.mkv": (
         "BT.2020 in 10 bits", "-i in.mp4 -c:v ffv1 -pix_fmt yuv420p10 -vf scale=out_color_matrix=bt2020",
@@ -86,9 +79,9 @@ FILES = {
         "BT.709, full range", "-i in.mp4 -c:v libvpx-vp9 -crf 10 -vf scale=out_color_matrix=bt709:out_range=full",
         (48, 64, 96), None,
     ),
-    "10bit.mp4": ("10 bits", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv420p10le", (48, 64, 96), (0, 47)),
-    "422.mp4": ("10 bits, 4:2:2", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv422p10le", (48, 64, 96), (0, 47)),
-    "444.mp4": ("4:4:4", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv444p", (48, 64, 96), (0, 47)),
+    "10bit.mp4": ("10 bits", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv420p10le", *ALL),
+    "422.mp4": ("10 bits, 4:2:2", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv422p10le", *ALL),
+    "444.mp4": ("4:4:4", "-i in.mp4 -c:v libx264 -crf 12 -pix_fmt yuv444p", *ALL),
     "wide.mp4": ("pixels twice as wide", f"-i in.mp4 {X264} -vf setsar=2", (48, 64, 192), None),
     "high.mkv": ("pixels of 8:9", f"-i in.mp4 {X264} -vf setsar=8/9", (48, 64, 85), None),
     "almost.avi": ("pixels of 427:426", "-i in.mp4 -c:v mpeg4 -q:v 2 -vf setsar=427/426", (48, 64, 96), None),
