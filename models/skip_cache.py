@@ -83,12 +83,16 @@ def full_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None) 
     """Runs all layers; returns the model's output (B, F, 2C, H, W) and what is kept of the step (B, F, T, D)."""
     x, c = model.embed(x, t, y)
     skips: list[Tensor] = []
-    head = model.run(range(depth), x, c, skips)
-    deep = model.run(range(depth, model.num_layers - depth), head, c, skips)
-    kept = deep if depth <= model.num_skips else deep - head
-    del head  # its memory serves the last layers
+    deep, kept = deep_feature(model, depth, x, c, skips)
     x = model.run(range(model.num_layers - depth, model.num_layers), deep, c, skips)
     return model.unembed(x, c), kept
+
+
+def deep_feature(model: Latte, depth: int, x: Tensor, c: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs all layers but the last `depth` on embedded x; returns their output and what is kept of it, (B, F, T, D)."""
+    head = model.run(range(depth), x, c, skips)
+    deep = model.run(range(depth, model.num_layers - depth), head, c, skips)
+    return deep, deep if depth <= model.num_skips else deep - head
 
 
 def cached_step(model: Latte, depth: int, x: Tensor, t: Tensor, y: Tensor | None, kept: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class StaleFeatures(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, x_deep: Tensor, t_deep: Tensor, y: Tensor | None = None) -> Tensor:
         """The prediction for x (B, F, C, H, W) at t (B,) around the deep feature of x_deep at t_deep, shaped alike."""
-        _, kept = full_step(self.model, self.depth, x_deep, t_deep, y)
+        _, kept = deep_feature(self.model, self.depth, *self.model.embed(x_deep, t_deep, y), [])
         return cached_step(self.model, self.depth, x, t, y, kept)
 
 
