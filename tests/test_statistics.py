@@ -78,6 +78,15 @@ def test_intervals_of_distances_never_reach_below_zero():
     assert min(distance_to_real(x, x, 20)["interval"]) >= 0
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("num_fake, groups, has_interval", [(2, 20, False), (3, 2, False), (9, 1, False), (4, 2, True)])
+def test_an_interval_needs_two_groups_and_four_clips(num_fake, groups, has_interval, correction):
+    """With less there is a value alone: a covariance of the clips that are left needs two of them."""
+    row = distance_to_real(torch.randn(9, 1, 3), torch.randn(num_fake, 1, 3), groups, correction=correction)
+    assert math.isfinite(row["value"]) and ("interval" in row) == has_interval
+    assert all(map(math.isfinite, row.get("interval", ())))
+
+
 def test_frames_of_one_clip_are_not_independent():
     """Frames that are all alike add nothing: the interval is that of one frame a clip."""
     real, fake = torch.randn(100, 1, 3), torch.randn(50, 1, 3)

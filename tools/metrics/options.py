@@ -128,7 +128,9 @@ class EvaluateConfig(ClipOptions, DetectorFiles):
     fid_frames: str | None = option(
         None, "real frames of FID: of the clips of other metrics, or all of all videos", choices=("clips", "all")
     )
-    jackknife: int = option(20, "groups of clips left out in turn for an interval; 0: no interval", least=0)
+    jackknife: int = option(
+        20, "groups of clips left out in turn for an interval; 0 or 1, or fewer than 4 fakes: no interval", least=0
+    )
     output: str = option(
         "results/evaluate.json", "the record to write; beside it, the card (.md, .png) and evaluations.csv", path=True
     )

@@ -15,6 +15,7 @@ from tools.metrics.options import KINDS
 from tools.metrics.statistics import jackknife, mean_and_margin, positive_interval, swap_test, wilson
 
 NEAR = 3  # clips a feature, below which a Fréchet distance is marked
+FEWEST = 4  # clips of an interval: the half that is left of fewer has no covariance
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as Naeem et al. 2020 have it
 DYNAMIC = 24  # grey levels: the largest 5 % of a change between frames, from which on something moves
 
@@ -28,7 +29,7 @@ def score(
 
     Args:
         real: not used by the kinds in `ONE_SIDED`; a Fréchet distance also takes the moments of a set.
-        groups: of clips that are left out in turn for an interval; 0: no interval.
+        groups: of clips that are left out in turn for an interval; 0 or 1: no interval.
         correction: 1: covariances are over N - 1, 0: over N.
     """
     kind, facts = KINDS[metric], {"fake_rows": fake.shape[0] * fake.shape[1], "width": fake.shape[2]}
@@ -61,7 +62,7 @@ def with_interval(
     Args:
         distance: from rows (N n, D) to a number.
     """
-    if not groups:
+    if groups < 2 or len(fake) < FEWEST:
         return {"value": distance(fake.flatten(0, 1))}, 0.0, 0.0
     of_clips = lambda clips: distance(fake[clips.to(fake.device)].flatten(0, 1))  # noqa: E731
     value, margin, bias = jackknife(of_clips, len(fake), groups, seed)
@@ -84,7 +85,7 @@ def distance_to_real(
     """
     moments = _moments(real.flatten(0, 1), correction) if isinstance(real, Tensor) else real
     row, margin, bias = with_interval(lambda x: _distance(moments, _moments(x, correction)), fake, groups, seed)
-    if groups and len(fake) >= NEAR * fake.shape[2]:
+    if "interval" in row and len(fake) >= NEAR * fake.shape[2]:
         infinite = row["value"] - bias
         row |= {"infinite": infinite, "infinite_interval": positive_interval(infinite, margin)}
     return row
