@@ -19,6 +19,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import configs
 from models.autoencoder import LatentCodec
 from models.vaes import VaeSpec
 
@@ -59,11 +60,15 @@ SHELL = [pytest.param(text, id=f"{readme}:{line}") for readme in READMES for lin
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """A folder to be in that looks like a fresh checkout, and takes what a command writes."""
+    """A folder to be in that looks like a fresh checkout, and takes what a command writes.
+
+    Relative paths in YAML files start there, too: nothing depends on results and videos in the real checkout.
+    """
     for path in ROOT.iterdir():
         if path.name not in (".git", "results", "sample_videos"):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configs, "ROOT", tmp_path)
     return tmp_path
 
 
