@@ -64,7 +64,8 @@ def load_sampling(schema: type[T], path: str | Path | None = None, overrides: Se
             raise UserError(f"{cfg.ckpt} does not say which options made it: give its YAML with --config")
         return cfg
     own = {key: options[key] for key in MADE_OF + HINTS if options.get(key) is not None}
-    cfg = load_config(schema, path, [*overrides, f"ckpt={cfg.ckpt}"], own)
+    overrides = [*overrides, f"ckpt={cfg.ckpt}"]
+    cfg = load_config(schema, path, overrides, own)
     if replace(parse_name(cfg.model), cache_interval=1) != replace(parse_name(options["model"]), cache_interval=1):
         own = {key: value for key, value in own.items() if key not in NAMED}  # the name given stands for them
         cfg = load_config(schema, path, overrides, own)

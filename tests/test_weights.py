@@ -166,6 +166,13 @@ def test_options_that_agree_with_the_weights_may_be_given(mine, overrides):
     assert make_plan(cfg).name == ("N3" if "cache" in overrides[0] else "uncached")
 
 
+def test_a_folder_of_weights_may_be_sampled_by_another_name_of_its_model(tiny, tmp_path):
+    cfg = replace(load_config(SampleConfig, tiny), depth=12, hidden_size=384, num_heads=6)
+    save_weights(tmp_path / "model.safetensors", {"w": torch.ones(1)}, made_of(cfg, NAMES))
+    cfg = load_sampling(SampleConfig, DEMO, [f"ckpt={tmp_path}", "model=Latte-S/2-skip"])
+    assert (cfg.ckpt, cfg.model) == (str(tmp_path / "model.safetensors"), "Latte-S/2-skip")
+
+
 def test_the_options_of_a_run_sample_its_checkpoints(mine, tiny, tmp_path, recwarn):
     """Keys of training alone are passed over in silence; unknown ones are errors."""
     shared = {each.name for each in fields(SampleConfig)} & {each.name for each in fields(TrainConfig)}
