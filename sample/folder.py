@@ -1,6 +1,5 @@
 """Folders of samples: file names, labels, the record of a run, and the clips that are missing."""
 
-import json
 import platform
 import random
 from collections.abc import Iterable, Sequence
@@ -90,8 +89,9 @@ def earlier_record(path: Path, record: dict[str, Any], clips: Iterable[Path]) ->
     except (LookupError, TypeError, AttributeError):
         raise UserError(f"save_video_path: {path} is damaged: choose another folder, or remove it") from None
     if path.name == SAMPLE_RECORD:  # the name of a file has its seed and class, and that of its folder the plan
-        free = {"seed", "labels", "cache", *(["recipe"] if "none" in (before["recipe"], now["recipe"]) else [])}
+        before["recipes"], free = earlier.get("recipes", {}), ("seed", "labels", "cache", "recipe")
         now = {key: value for key, value in now.items() if key not in free}
+        now["recipes"] = {name: digest for name, digest in record["recipes"].items() if name in before["recipes"]}
     check_same_settings(before, now, "save_video_path", path.parent)
     return earlier
 
@@ -158,7 +158,7 @@ def labelled_clips(folder: Path, class_names: Sequence[str]) -> tuple[list[Path]
     """
     files = sorted(folder.glob("[0-9]*.mp4"))
     if (folder / DDP_RECORD).exists():
-        record = json.loads((folder / DDP_RECORD).read_text())
+        record = read_record(folder / DDP_RECORD, "samples_path")
         labels = [record["labels"][int(file.stem) - record["config"]["seed"]] for file in files]
     else:
         named = [file.stem.partition("_")[2] for file in files]

@@ -192,17 +192,20 @@ def main() -> None:
 
     def open_folder() -> tuple[dict[str, Any], dict[str, Any] | None]:
         record = make_record(cfg, device) | {"clips": [asdict(clip) for clip in clips], "runs": []}
+        record["recipes"] = {plans[-1].name: record["recipe"]["sha256"][:12]} if cfg.recipe else {}
         there = [path for plan in plans for path in (folder / plan.name).glob("[0-9]*.mp4")]
         paths = [clip.path(folder, plan) for clip in clips for plan in plans]
-        return record, earlier_record(folder / SAMPLE_RECORD, record, there + paths)
+        earlier = earlier_record(folder / SAMPLE_RECORD, record, there + paths)
+        record["recipes"] = (earlier or {}).get("recipes", {}) | record["recipes"]  # of the folder, by name
+        return record, earlier
 
     if args.dry_run:
         return cli.dry_run(cfg, lines, [*checks, open_folder])
     cli.check_all(checks)
     record, earlier = open_folder()
     claim_folder(folder, "save_video_path")
-    if not earlier:
-        write_json(folder / SAMPLE_RECORD, record)  # whatever happens, the clips' settings are known
+    # Whatever happens, the clips' settings are known
+    write_json(folder / SAMPLE_RECORD, (earlier or record) | {"recipes": record["recipes"]})
     print("\n".join(lines), flush=True)
     runs = sample_all(load(cfg, device), clips, plans, folder)
     report = [summarize(run, runs[0]) for run in runs]

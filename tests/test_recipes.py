@@ -433,6 +433,21 @@ def test_programs_sample_by_a_recipe(tiny, pipe, tmp_path, monkeypatch, capsys):
         run(monkeypatch, sample, "--config", tiny, "--recipe", "/nowhere", "--dry-run")
 
 
+def test_recipes_share_a_folder_by_their_names(tiny, pipe, tmp_path, monkeypatch):
+    """As other plans do. Another recipe of a name that the folder has is refused, whatever ran between."""
+    command = ["--config", tiny, "--classes", "0", f"save_video_path={tmp_path}/out"]
+    for name, steps in (("a", 2), ("b", 3)):
+        save_recipe(tmp_path / f"{name}.json", make_recipe(with_options(pipe, num_sampling_steps=steps).cfg, name=name))
+        run(monkeypatch, sample, *command, "--recipe", tmp_path / f"{name}.json")
+    run(monkeypatch, sample, *command)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"a", "b", "uncached"}
+    for name in "ab":
+        run(monkeypatch, sample, *command, "--recipe", tmp_path / f"{name}.json", "--dry-run")
+        save_recipe(tmp_path / f"{name}.json", make_recipe(with_options(pipe, num_sampling_steps=4).cfg, name=name))
+        with pytest.raises(UserError, match=rf"made with recipes\.{name}=[0-9a-f]{{12}}, not [0-9a-f]{{12}}"):
+            run(monkeypatch, sample, *command, "--recipe", tmp_path / f"{name}.json", "--dry-run")
+
+
 # Calibration
 
 
