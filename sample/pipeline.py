@@ -96,12 +96,14 @@ def load(source: SampleConfig | str | Path, device: torch.device | str | None = 
         UserError: a file is missing, or options contradict the weights or each other.
     """
     device = default_device() if device is None else torch.device(device)
+    if isinstance(options.get("cache"), str):
+        options["cache"] = parse_plan(options["cache"])
     if isinstance(source, SampleConfig):
-        cfg = replace(source, **options)
+        cfg = resolve(replace(source, **options), device) if options else source
     else:
         is_yaml = Path(source).suffix in (".yaml", ".yml")
-        if isinstance(options.get("cache"), str):
-            options["cache"] = asdict(parse_plan(options["cache"]))
+        if isinstance(options.get("cache"), CacheOptions):
+            options["cache"] = asdict(options["cache"])
         options = flatten(options if is_yaml else {"ckpt": str(source)} | options)
         is_text = {key: isinstance(value, str | Path) for key, value in options.items()}
         overrides = [f"{key}={value if is_text[key] else json.dumps(value)}" for key, value in options.items()]

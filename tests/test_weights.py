@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs import ROOT, SampleConfig, TrainConfig, UserError, load_config, to_yaml
+from configs import ROOT, CacheOptions, SampleConfig, TrainConfig, UserError, load_config, to_yaml
 from models import HINTS, MADE_OF, get_models, made_of
 from models.checkpoint import load_options, load_state_dict, save_checkpoint, save_weights, weights_hash
 from models.latte import Latte
@@ -234,6 +234,15 @@ def test_classes_and_plans_may_be_given_in_every_form(pipe, tmp_path):
     plans = ["0,2,4", "N2-900-0", [0, 2, 4], (True, False) * 3, tmp_path / "r.json", str(tmp_path / "r.json")]
     for label, plan in zip(["GLOBE", "Globe", 1, "1", torch.tensor(1).numpy(), 1], plans, strict=True):
         assert torch.equal(generate(pipe, [3], [label], plan), expected)
+
+
+@pytest.mark.parametrize("cache", ["N2-o1", CacheOptions(interval=2, order=1), {"interval": 2, "order": 1}])
+def test_a_plan_may_be_given_in_every_form_where_a_pipeline_is_loaded(pipe, mine, cache):
+    assert load(mine, CPU, cache=cache).plan.name == "N2-o1"
+    if not isinstance(cache, dict):
+        assert load(pipe.cfg, CPU, cache=cache).plan.name == "N2-o1"
+    with pytest.raises(UserError, match="eta: ddpm ignores eta"):
+        load(pipe.cfg, CPU, sample_method="ddpm", eta=0.5)
 
 
 @pytest.mark.parametrize(
