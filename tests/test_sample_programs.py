@@ -349,7 +349,7 @@ def test_scripts_run_sample_ddp(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     task, kind = script.stem.split("_")
     if task == "demo":
-        run(monkeypatch, sample_ddp, *argv, "--dry-run")
+        run(monkeypatch, sample_ddp, *argv, "--save_video_path", tmp_path / "out", "--dry-run")
     else:  # the published weights are not here
         assert "ckpt: nothing at " in sample_error(monkeypatch, sample_ddp, *argv, "--dry-run")
     text = capsys.readouterr().out
@@ -385,12 +385,12 @@ def test_a_dry_run_through_a_script_is_one_process_with_one_line_for_what_is_mis
     assert result.stderr.count("\n") == 1
 
 
-def test_demo_script(monkeypatch, capsys):
+def test_demo_script(tmp_path, monkeypatch, capsys):
     """What `make demo` runs: uncached, N=2 and N=4 of the checkpoint that ships."""
     script = (ROOT / "sample/scripts/demo/demo.sh").read_text()
     assert '--config "$root/configs/demo/demo_sample.yaml" --compare --cache N2 N4 N4-o2 ' in script
     assert '--recipe "$root/pretrained/demo/recipe-43.json" "$@"' in script
-    run(monkeypatch, sample, "--compare", "--cache", "N2", "N4", "--dry-run")
+    run(monkeypatch, sample, "--compare", "--cache", "N2", "N4", "--save_video_path", tmp_path, "--dry-run")
     text = capsys.readouterr().out
     for line in ("uncached, ddim 50", "N2, ddim 50", "N4, ddim 50", "7 clips"):
         assert line in text
