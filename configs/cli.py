@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown flag {flag}{suggest_option(flag, [*options, *flags])}")
         for item in overrides:
             name = our_name(item.partition("=")[0], options).partition(".")[0]
-            if f"--{name}" in flags and getattr(parsed, name):
+            if getattr(parsed, name, None):
                 raise UserError(f"--{name} and {item} both set {name}: leave one out")
         if self.schema:
             parsed.overrides = overrides + parsed.overrides

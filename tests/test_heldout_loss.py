@@ -95,7 +95,7 @@ def test_x0_errors_are_those_of_the_training_log(cfg, twins):
 def test_program(cfg, twins, tiny, monkeypatch, capsys):
     models = [text for name, file in twins.items() for text in ("--model", f"{name}={file}")]
     options = [*SIZES, f"data_path={TEST_CLIPS}", f"pretrained_model_path={tiny.parent}"]
-    options += ["num_skips=null", "learn_sigma=True"]  # not the demo's
+    options += ["model=Latte-B/2-skip", "num_skips=null", "learn_sigma=True"]  # not the demo's
     argv = ["heldout_loss.py", *models, "num_clips=2", "num_timesteps=2", *options]
     monkeypatch.setattr(sys, "argv", argv)
     heldout_loss.main()

@@ -35,7 +35,9 @@ class HeldoutConfig(TrainConfig):
 
 
 parser = cli.Parser(__doc__, HeldoutConfig, config=str(ROOT / "configs/demo/demo_train.yaml"))
-parser.add_argument("--model", action="append", required=True, metavar="NAME=CKPT", help="repeat it to compare")
+parser.add_argument(
+    "--model", action="append", required=True, dest="models", metavar="NAME=CKPT", help="repeat it to compare"
+)
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
@@ -109,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(HeldoutConfig, args.config, args.overrides)
     cfg = replace(cfg, latents_path=None, use_image_num=0, dataset=cfg.dataset.removesuffix("_img"))
-    checkpoints = named_checkpoints(args.model)
+    checkpoints = named_checkpoints(args.models)
     device = default_device()
     if args.dry_run:
         levels = f"{cfg.num_timesteps} timesteps" if cfg.measure == "loss" else f"log SNRs {cfg.log_snrs}"

@@ -47,7 +47,9 @@ class StabilityConfig(SampleConfig):
 
 
 parser = cli.Parser(__doc__, StabilityConfig, DEMO)
-parser.add_argument("--model", action="append", metavar="NAME=CKPT", help="repeat it to compare; default: ckpt")
+parser.add_argument(
+    "--model", action="append", dest="models", metavar="NAME=CKPT", help="repeat it to compare; default: ckpt"
+)
 if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
@@ -434,7 +436,7 @@ def main() -> None:
     device = default_device()
     cfg = load_sampling(StabilityConfig, args.config, ["precision=fp32", *args.overrides])
     check_writable(cfg, "output", folder=True)
-    plan, models = configure(cfg, args.model, device)
+    plan, models = configure(cfg, args.models, device)
     lines = [
         f"{name}: {each.num_skips} skips, {describe_run(each, [], device)[0].partition(', ')[2]}"
         for name, each in models.items()
