@@ -312,6 +312,11 @@ def test_stale_features_with_stills_are_refused(latents, tmp_path):
         check_training_options(config(latents, tmp_path, stale_features=0.5, use_image_num=2))
 
 
+def test_stale_features_deeper_than_the_model_are_refused_before_there_is_a_run(latents, tmp_path):
+    with pytest.raises(UserError, match="cache.depth: 3 is outside 1 ... 2"):
+        check_training_options(config(latents, tmp_path, **{"stale_features": 0.5, "cache.depth": 3}))
+
+
 def stop_after(cfg: TrainConfig, step: int, number: int = signal.SIGTERM) -> None:
     """Train until a signal that arrives in the middle of `step`."""
     count, original = 0, program.clip_losses

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import choice, cli, load_config, require_path
-from tools.benchmarks.options import DEFAULTS, OPTIONS
+from tools.benchmarks.options import DEFAULTS, OPTIONS, cells
 
 
 def make_parser(name: str = "") -> cli.Parser:
@@ -42,38 +42,11 @@ from configs.tables import markdown_table
 from tools.benchmarks import reading, sampling, scaling, training
 
 BENCHMARKS = {"sampling": sampling, "training": training, "reading": reading, "plan": scaling}
-COLUMNS = {  # metric -> title of its column, and how a value is written
-    "products": ("products", "{:.3f} s".format),
-    "vae": ("VAE", "{:.3f} s".format),
-    "update": ("update", "{:.3f} s".format),
-    "network": ("waits for gradients", "{:.3f} s".format),
-    "denoising": ("denoising", "{:.2f} s".format),
-    "seconds": ("seconds", "{:.3f}".format),
-    "clips_per_second": ("clips/s", "{:.1f}".format),
-    "speedup": ("speed-up", "{:.2f}x".format),
-    "share_of_matmul_rate": ("of matmul rate", "{:.0%}".format),
-    "matmul_gflops": ("matmul GFLOP/s", "{:,.0f}".format),
-    "files": ("files", "{:,}".format),
-    "frames": ("frames", "{:,}".format),
-    "wrong": ("wrong frames", "{:,}".format),
-    "by_pyav": ("files left to PyAV", "{:,}".format),
-    "efficiency": ("efficiency", "{:.0%}".format),
-    "days": ("all steps", "{:.1f} days".format),
-    "clips_per_hour": ("clips/h", "{:,.0f}".format),
-    "minutes": ("2048 clips", "{:.0f} min".format),
-    "peak_bytes": ("memory", lambda size: f"{size / 1e9:.2f} GB"),
-}
 
 
 def table(ways: dict[str, dict[str, Any]]) -> str:
     """A row of metrics for each way, in Markdown."""
-    columns = COLUMNS.items()
-    return markdown_table(
-        [
-            {"way": name} | {title: write(metrics[key]) for key, (title, write) in columns if key in metrics}
-            for name, metrics in ways.items()
-        ]
-    )
+    return markdown_table([{"way": name} | cells(metrics) for name, metrics in ways.items()])
 
 
 def main() -> None:

@@ -20,21 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import UserError, choice, cli
 from configs.files import write_json, write_text
 from configs.tables import markdown_table
+from tools.benchmarks.options import cells
 
 TIME = 460  # seconds for all checks
-COLUMNS = {  # metric -> title of its column, and how a value is written
-    "error": ("error", "{:.1e}".format),
-    "limit": ("limit", "{:.0e}".format),
-    "seconds": ("seconds", "{:.3g}".format),
-    "paper_seconds": ("paper, A100", "{:.2f} s".format),
-    "speedup": ("speed-up", "{:.2f}x".format),
-    "expected_speedup": ("expected", "{:.2f}x".format),
-    "clips_per_second": ("clips/s", "{:.2f}".format),
-    "matmul_gflops": ("matmul GFLOP/s", "{:,.0f}".format),
-    "share_of_matmul_rate": ("of matmul rate", "{:.0%}".format),
-    "peak_bytes": ("memory", lambda size: f"{size / 1e9:.2f} GB"),
-    "note": ("note", str),
-}
 
 parser = cli.Parser(__doc__)
 parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
@@ -48,11 +36,7 @@ parser.add_argument(
 def table(rows: list[dict]) -> str:
     """Returns the rows as a Markdown table."""
     return markdown_table(
-        [
-            {"check": row["check"], "result": row["result"]}
-            | {title: "" if row.get(key) is None else write(row[key]) for key, (title, write) in COLUMNS.items()}
-            for row in rows
-        ]
+        [{key: row[key] for key in ("check", "result")} | cells(row) | {"note": row.get("note", "")} for row in rows]
     )
 
 

@@ -37,8 +37,11 @@ from sample.plans import Plan, make_plan, parse_plan, recipe_plan
 from sample.recipes import FITTED, Recipe, Step
 from tools.benchmarks.conformance import LIMITS, conformance_errors, is_loop, relative_error
 from tools.benchmarks.sampling import matmul_rate
+from tools.benchmarks.scaling import PUBLISHED_VAE
 from tools.benchmarks.training import random_batch, run_with, training_step
 from tools.benchmarks.turns import time_steps
+from tools.recipes.fit import prior_move
+from tools.recipes.search import angles_of
 
 Row = dict[str, Any]  # "result": passed, failed, measured or skipped; and metrics
 Cases = Iterator[tuple[str, Callable[[], list[Row]]]]
@@ -46,13 +49,6 @@ OPTIONAL = {"diffusers"}  # packages whose absence skips a case
 SMALL = dict(image_size=32, num_frames=4, hidden_size=32, depth=8, num_heads=2)
 PAPER = {"uncached": 10.02, "N2": 6.40, "N3": 5.24, "N4": 4.57, "N5": 4.35, "N6": 4.12}  # seconds, arXiv:2411.17616
 PAPER_CLIPS = 3
-PUBLISHED_VAE = dict(  # Stable Diffusion's, 83.7 million weights
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=4,
-)
 SMALL_VAE = PUBLISHED_VAE | dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 
 
@@ -99,12 +95,10 @@ def random_pipeline(at: Setting, **options: Any) -> Pipeline:
     return Pipeline(cfg, model, None, diffusion, at.device, make_plan(cfg), uncached=model)
 
 
-def ddim_moves(diffusion: Diffusion) -> list[tuple[float, ...]]:
+def ddim_moves(diffusion: Diffusion) -> list[list[float]]:
     """Returns DDIM's steps in the form of a fitted solver's, from noise to clean."""
-    alpha, sigma = diffusion.alphas_cumprod**0.5, (1 - diffusion.alphas_cumprod) ** 0.5
-    alpha_next, sigma_next = diffusion.alphas_cumprod_prev**0.5, (1 - diffusion.alphas_cumprod_prev) ** 0.5
-    a, b = alpha_next * alpha + sigma_next * sigma, sigma_next * alpha - alpha_next * sigma
-    return [(float(x), float(v), 0.0, 0.0, 0.0) for x, v in zip(a[::-1], b[::-1], strict=True)]
+    angles = angles_of(diffusion)
+    return [prior_move(angles, None, i, i + 1) for i in range(len(angles) - 1)]
 
 
 def make_recipes(cfg: SampleConfig) -> list[Recipe]:

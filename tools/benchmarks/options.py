@@ -1,6 +1,8 @@
-"""Options of the benchmarks. Importing this does not import torch."""
+"""Options of the benchmarks, and the columns of their tables. Importing this does not import torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from configs import SampleConfig, TrainConfig, option
 
@@ -79,3 +81,33 @@ DEFAULTS = {  # of a run without --config; those of reading also with it, as wor
         "mixed_precision=bf16", "sample_method=ddim", "num_sampling_steps=50", "cfg_scale=7", "cache.interval=2",
     ],
 }  # fmt: skip
+COLUMNS = {  # metric -> title of its column, and how a value is written
+    "products": ("products", "{:.3f} s".format),
+    "vae": ("VAE", "{:.3f} s".format),
+    "update": ("update", "{:.3f} s".format),
+    "network": ("waits for gradients", "{:.3f} s".format),
+    "denoising": ("denoising", "{:.2f} s".format),
+    "seconds": ("seconds", "{:.3f}".format),
+    "clips_per_second": ("clips/s", "{:.1f}".format),
+    "speedup": ("speed-up", "{:.2f}x".format),
+    "share_of_matmul_rate": ("of matmul rate", "{:.0%}".format),
+    "matmul_gflops": ("matmul GFLOP/s", "{:,.0f}".format),
+    "files": ("files", "{:,}".format),
+    "frames": ("frames", "{:,}".format),
+    "wrong": ("wrong frames", "{:,}".format),
+    "by_pyav": ("files left to PyAV", "{:,}".format),
+    "efficiency": ("efficiency", "{:.0%}".format),
+    "days": ("all steps", "{:.1f} days".format),
+    "clips_per_hour": ("clips/h", "{:,.0f}".format),
+    "minutes": ("2048 clips", "{:.0f} min".format),
+    "error": ("error", "{:.1e}".format),
+    "limit": ("limit", "{:.0e}".format),
+    "paper_seconds": ("paper, A100", "{:.2f} s".format),
+    "expected_speedup": ("expected", "{:.2f}x".format),
+    "peak_bytes": ("memory", lambda size: f"{size / 1e9:.2f} GB"),
+}
+
+
+def cells(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metrics that have a column, as text by its title."""
+    return {title: write(metrics[key]) for key, (title, write) in COLUMNS.items() if metrics.get(key) is not None}

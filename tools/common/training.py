@@ -38,6 +38,7 @@ from models.autoencoder import LatentCodec, vae_file
 from models.checkpoint import load_checkpoint
 from models.hardware import DTYPES, check_compiler, fastest_attention
 from models.latte import Latte, init_skips_as_identity
+from models.skip_cache import check_cache_depth
 from models.vaes import describe_vae, vae_spec
 from sample.media import save_grid
 from sample.pipeline import Pipeline, generate, resolve
@@ -72,6 +73,8 @@ def check_training_options(cfg: TrainConfig) -> None:
         )
     if cfg.stale_features and cfg.use_image_num:
         raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
+    if cfg.stale_features:
+        check_cache_depth(model_dimensions(cfg)["depth"] // 2, cfg.cache.depth)
     if cfg.report_to == "wandb" and not is_wandb_available():
         raise UserError("report_to: wandb is not installed: pip install wandb, or use report_to=tensorboard")
     make_diffusion(cfg)
