@@ -2,13 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from configs import load_config
+from configs import UserError, load_config
 from diffusion import make_diffusion
 from models import get_models
 from models.macs import count_parameters, step_macs
@@ -40,7 +41,7 @@ def test_the_counted_memory_of_a_training_step_is_the_measured_one(precision, ch
     run = partial(run_with, model, "sdpa", checkpointing)
     step = partial(training_step, diffusion, batch, CPU, dtype, optimizer, run)
     step()
-    assert scaling.training_bytes(cfg, 2, checkpointing) == pytest.approx(peak_bytes(CPU, step), rel=0.02)
+    assert scaling.training_bytes(cfg, 2, checkpointing)[1] == pytest.approx(peak_bytes(CPU, step), rel=0.02)
 
 
 def test_the_counted_memory_of_sampling_is_the_measured_one():
@@ -80,6 +81,24 @@ def test_the_published_vae_is_counted():
         encode, decode = scaling.vae_macs(codec, plan("num_frames=1"))
     assert sum(p.numel() for p in codec.vae.parameters()) == pytest.approx(83.7e6, rel=1e-3)
     assert 1.2e11 < encode < 1.5e11 and 2.8e11 < decode < 3.4e11
+
+
+def test_the_optimizer_is_that_of_the_options():
+    """AdamW keeps two fp32 moments of each weight; Muon one, of its matrices; frozen weights have none."""
+    cfg = plan(*MIDDLE)
+    adamw, muon, skip = (
+        scaling.training_bytes(replace(cfg, **changes), 1, False)[0]
+        for changes in ({}, {"optimizer": "muon"}, {"train_only": "skip"})
+    )
+    assert adamw == pytest.approx(8 * count_parameters(cfg), rel=1e-3) and 0.5 < muon / adamw < 0.6
+    assert 0 < skip < 0.2 * adamw
+
+
+def test_plans_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="train_only: Latte has no skip branches"):
+        scaling.describe(plan("model=Latte", "train_only=skip"))
+    with pytest.raises(UserError, match="vae: a plan counts the VAEs of diffusers, not test_vae_runs:"):
+        scaling.make_codec(plan("vae=test_vae_runs:Squares"))
 
 
 def test_the_page(monkeypatch, tmp_path, capsys):

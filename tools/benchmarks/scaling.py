@@ -25,7 +25,7 @@ from models import get_models
 from models.autoencoder import LatentCodec, vae_file
 from models.macs import count_parameters, readable, step_macs
 from models.skip_cache import SkipCache
-from models.vaes import vae_spec
+from models.vaes import own_class, vae_spec
 from sample.plans import UNCACHED, Plan, make_plan
 from tools.benchmarks.options import ScalingPlan
 from tools.benchmarks.training import random_batch, run_with, training_step
@@ -37,10 +37,9 @@ PUBLISHED_VAE = dict(  # Stable Diffusion's, 83.7 million weights
     layers_per_block=2,
     latent_channels=4,
 )
-CPU, GPU_RESERVE = (
-    torch.device("cpu"),
-    2.0,
-)  # GB of CUDA's context, its libraries' workspaces and fragmentation (assumed)
+CPU = torch.device("cpu")
+GPU_RESERVE = 2.0  # GB of CUDA's context, its libraries' workspaces and fragmentation (assumed)
+# Muon is taken to need as many: its matrix products are not counted.
 UPDATE_BYTES = 44  # per weight: AdamW reads 4 arrays and writes 3, the EMA reads 2 and writes 1, the norm reads 1; fp32
 FVD_CLIPS = 2048
 
@@ -74,23 +73,28 @@ class PeakBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
-def training_bytes(cfg: ScalingPlan, batch: int, checkpointing: bool) -> int:
-    """Returns the peak within a training step, eager, over weights and optimizer state: activations and gradients."""
+def training_bytes(cfg: ScalingPlan, batch: int, checkpointing: bool) -> tuple[int, int]:
+    """Returns the optimizer's state, and what an eager step adds at its peak: activations and gradients."""
+    from tools.common.training import create_optimizer, is_trained
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, diffusion = get_models(cfg), make_diffusion(cfg)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        trained = [p.requires_grad_(is_trained(cfg, name, p)) for name, p in model.named_parameters()]
+        trained = [p for p in trained if p.requires_grad]
+        optimizer = create_optimizer(cfg, model)
         dtype = torch.float32 if cfg.mixed_precision == "no" else torch.bfloat16  # fp16 is as wide
         step = partial(
             training_step, diffusion, random_batch(replace(cfg, local_batch_size=batch), model, diffusion, CPU), CPU,
             dtype, optimizer, partial(run_with, model, "sdpa", checkpointing),
         )  # fmt: skip
-        for parameter in model.parameters():
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes its state
+        with PeakBytes() as state:
+            optimizer.step()
         optimizer.zero_grad()
         with PeakBytes() as count:
             step()
-    return count.peak
+        return state.held, count.peak
 
 
 @torch.no_grad()
@@ -120,9 +124,15 @@ def sampling_bytes(cfg: ScalingPlan) -> tuple[int, int]:
 
 
 def make_codec(cfg: ScalingPlan) -> LatentCodec:
-    """Returns the VAE of the options, or where its folder is absent the published one, without weights."""
+    """Returns the VAE of the options, or where its folder is absent the published one, without weights.
+
+    Raises:
+        UserError: it is a class of one's own.
+    """
     import diffusers
 
+    if own_class(cfg.vae):
+        raise UserError(f"vae: a plan counts the VAEs of diffusers, not {cfg.vae}; choose one of the same size")
     name, config = "AutoencoderKL", PUBLISHED_VAE
     try:
         folder, name = vae_file(cfg).parent, vae_spec(cfg).name
@@ -167,7 +177,14 @@ def training_step_seconds(cfg: ScalingPlan, encode_macs: int, gpus: int, nodes: 
 
 
 def describe(cfg: ScalingPlan) -> str:
-    """The work that is planned."""
+    """The work that is planned.
+
+    Raises:
+        UserError: options that no training can have.
+    """
+    from tools.common.training import check_training_options  # here and above: it imports what reads videos
+
+    check_training_options(replace(cfg, use_compile=False))  # a plan compiles nothing
     macs = step_macs(cfg, stills=cfg.use_image_num).full
     frames = f"{cfg.num_frames} frames and {cfg.use_image_num} stills at {cfg.image_size}"
     return f"{cfg.model}, {count_parameters(cfg):,} parameters; a clip of {frames}: {readable(macs)} forward"
@@ -185,18 +202,21 @@ def benchmark(cfg: ScalingPlan) -> dict[str, Any]:
 
     # Training
     size = count_parameters(cfg)
-    fixed = 16 * size + (0 if cfg.latents_path else vae_bytes)  # weights, EMA, two moments, in fp32
-    peaks = {c: [training_bytes(cfg, k * cfg.local_batch_size, c) for k in (1, 2)] for c in (False, True)}
+    steps = {c: [training_bytes(cfg, k * cfg.local_batch_size, c) for k in (1, 2)] for c in (False, True)}
+    peaks = {c: [peak for _, peak in pair] for c, pair in steps.items()}
+    held = {"weights and EMA": 8 * size, "optimizer": steps[False][0][0], "DDP's buckets": 4 * size}  # in fp32
+    held["VAE"] = 0 if cfg.latents_path else vae_bytes
     training = {}
     for gpus, nodes in places:
         parts = training_step_seconds(cfg, encode, gpus, nodes)
-        buckets = 4 * size if gpus > 1 else 0  # DDP's copy of the gradients
         clips = gpus * cfg.local_batch_size * cfg.gradient_accumulation_steps
         training[name(gpus, nodes)] = parts | {
             "clips_per_second": clips / parts["seconds"],
             "efficiency": (sum(parts[key] for key in ("products", "vae", "update"))) / parts["seconds"],
             "days": cfg.max_train_steps * parts["seconds"] / 86400,
-            "peak_bytes": fixed + buckets + peaks[cfg.gradient_checkpointing][0],
+            "peak_bytes": sum(held.values())
+            + peaks[cfg.gradient_checkpointing][0]
+            - (held["DDP's buckets"] if gpus == 1 else 0),
         }
 
     # Sampling
@@ -215,18 +235,18 @@ def benchmark(cfg: ScalingPlan) -> dict[str, Any]:
                 "peak_bytes": 2 * size + vae_bytes + max(steps_peak, decode_peak),
             }
 
-    notes = training_notes(cfg, training, peaks, fixed, size, vae_bytes)
+    notes = training_notes(cfg, training, held, peaks)
     return {"machine": "paper: computed, not measured", "options": to_yaml(cfg), "ways": training} | {
         "sampling": sampling, "notes": notes, "macs": {"encoding a frame": encode, "decoding a frame": decode},
     }  # fmt: skip
 
 
 def training_notes(
-    cfg: ScalingPlan, rows: dict[str, dict], peaks: dict[bool, list[int]], fixed: int, size: int, vae_bytes: int
+    cfg: ScalingPlan, rows: dict[str, dict], held: dict[str, int], peaks: dict[bool, list[int]]
 ) -> list[str]:
     """Returns what fills the memory, what saturates first, and the settings that follow, a line each."""
     (name, last), B = list(rows.items())[-1], cfg.local_batch_size
-    budget = (cfg.gpu_memory - GPU_RESERVE) * 1e9 - fixed - 4 * size
+    budget = (cfg.gpu_memory - GPU_RESERVE) * 1e9 - sum(held.values())
     fits = {key: max(0, int(B + B * (budget - one) / (two - one))) for key, (one, two) in peaks.items()}  # affine
     batches = f"{fits[False]} clips fit in {cfg.gpu_memory:g} GB, with gradient_checkpointing {fits[True]}"
     gpu = sum(last[key] for key in ("products", "vae", "update"))
@@ -234,9 +254,8 @@ def training_notes(
     first, *rest = sorted(busy, key=busy.get, reverse=True)
     others = ", ".join(f"{key} {busy[key] / last['seconds']:.0%}" for key in rest)
     notes = [
-        f"memory: weights and EMA {8e-9 * size:.1f} GB, moments {8e-9 * size:.1f}, DDP's buckets {4e-9 * size:.1f}, "
-        f"VAE {1e-9 * vae_bytes * (not cfg.latents_path):.1f}, activations and gradients "
-        f"{1e-9 * peaks[cfg.gradient_checkpointing][0]:.1f}; {batches}",
+        "memory, GB: " + ", ".join(f"{name} {1e-9 * size:.1f}" for name, size in held.items()) + ", activations and "
+        f"gradients {1e-9 * peaks[cfg.gradient_checkpointing][0]:.1f}; {batches}",
         f"on {name}, {first} saturates first, busy {busy[first] / last['seconds']:.0%} of the time; {others}",
     ]
     if fits[cfg.gradient_checkpointing] < B:

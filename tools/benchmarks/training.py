@@ -1,6 +1,7 @@
 """Times a training step and measures its memory, as the original computes it and as we do.
 
-A step is forward, backward and AdamW on random latents, in fp32 and, where the device has the units, in bf16 autocast.
+A step is forward, backward and optimizer on random latents, in fp32 and, where the device has the units, in bf16
+autocast.
 """
 
 from collections.abc import Callable
@@ -49,15 +50,13 @@ def benchmark(cfg: TrainingBenchmark) -> dict[str, Any]:
 
 def make_ways(cfg: TrainingBenchmark, device: torch.device) -> dict[str, Callable[[], None]]:
     """For each type: the original's way, ours, and ours with gradient checkpointing."""
-    from tools.common.training import create_model
+    from tools.common.training import create_model, create_optimizer
 
     original, ours = create_model(cfg, device), create_model(cfg, device)
     if cfg.use_compile:
         for block in ours.blocks:
             block.compile(fullgraph=True)
-    original_optimizer, our_optimizer = (
-        torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=True) for model in (original, ours)
-    )
+    original_optimizer, our_optimizer = (create_optimizer(cfg, model) for model in (original, ours))
     diffusion = make_diffusion(cfg)
     batch = random_batch(cfg, ours, diffusion, device)
 
