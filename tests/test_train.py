@@ -313,7 +313,7 @@ def test_stale_features_with_stills_are_refused(latents, tmp_path):
 
 
 def test_stale_features_deeper_than_the_model_are_refused_before_there_is_a_run(latents, tmp_path):
-    with pytest.raises(UserError, match="cache.depth: 3 is outside 1 ... 2"):
+    with pytest.raises(UserError, match=r"cache\.depth: 3 is outside 1 \.\.\. 2"):
         check_training_options(config(latents, tmp_path, **{"stale_features": 0.5, "cache.depth": 3}))
 
 
