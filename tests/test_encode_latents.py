@@ -109,6 +109,9 @@ def test_content_is_compared_where_asked(options, tmp_path, monkeypatch, capsys)
     run(monkeypatch, options)
     first, (one, two) = written(tmp_path / "out"), sorted((tmp_path / "videos/Box").iterdir())
     os.utime(one, (1, 1))
+    for flags, number in (([], 2), (["--compare-content"], 3)):
+        run(monkeypatch, options, "--dry-run", *flags)
+        assert f"videos: 4 in {tmp_path}/videos, {number} of them encoded before" in capsys.readouterr().out
     replace_video(two, keep_time=True)
     monkeypatch.setattr(program, "file_hash", file_hash.__wrapped__)  # the next run is another process
     run(monkeypatch, options, "--compare-content", "max_bad_fraction=0.5")

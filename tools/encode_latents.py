@@ -225,13 +225,13 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
         raise UserError(f"{shares}: {summary(bad)}")
 
 
-def describe_encoding(cfg: TrainConfig) -> list[str]:
+def describe_encoding(cfg: TrainConfig, compare_content: bool) -> list[str]:
     """What would run, a line each."""
     try:
         videos = source_videos(cfg).paths
     except UserError:  # the checks of the files say why
         videos = []
-    there = sum(is_encoded(cfg, video) for video in videos)
+    there = sum(is_encoded(cfg, video, compare_content) for video in videos)
     return [
         f"videos: {len(videos):,} in {cfg.data_path}, {there:,} of them encoded before, processes: {cli.world_size()}",
         f"latents: of frames at {cfg.image_size} x {cfg.image_size}, in {cfg.latents_path}",
@@ -256,7 +256,7 @@ def main() -> None:
             lambda: vae_file(cfg),
             lambda: check_record(Path(cfg.latents_path, RECORD), settings, "latents_path"),
         ]
-        cli.dry_run(cfg, describe_encoding(cfg), checks)
+        cli.dry_run(cfg, describe_encoding(cfg, args.compare_content), checks)
 
 
 if __name__ == "__main__":
