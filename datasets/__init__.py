@@ -93,7 +93,7 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     paths, labels, classes, num_unreadable = _labelled_clips(source, root, key, args, say)
     flip = source.flip if args.horizontal_flip is None else args.horizontal_flip
     read = {
-        "video": partial(read_video, reader=args.video_reader, fps=args.fps, index_path=args.video_index_path or None),
+        "video": partial(read_video, reader=args.video_reader, fps=args.fps, index_path=args.video_index_path),
         "frames": read_frame_folder,
         "latents": partial(read_latents, num_variants=1 + flip),
     }[source.files]

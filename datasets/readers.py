@@ -127,7 +127,7 @@ def read_video(
     Args:
         reader: pyav, or decord: decord for files in which it seeks exactly, PyAV for the others.
         fps: frames per second among which `choose` chooses, see `VideoIndex.at_rate`; None: all frames of the video.
-        index_path: the folder that keeps indices of long videos for other processes.
+        index_path: the folder that keeps indices of long videos for other processes; empty: none.
 
     Raises:
         BadClip: the file does not decode, or `choose` raises it.

@@ -91,7 +91,7 @@ def find_index(container: av.container.InputContainer, folder: str | None = None
     """Returns the index of an open video file. It is made once, as long as the file's size and time stay the same.
 
     Args:
-        folder: where indices of long videos are kept for other processes; None: nowhere.
+        folder: where indices of long videos are kept for other processes; empty: nowhere.
 
     Raises:
         BadClip: the file has no video stream, or FFmpeg does not know the codec.

@@ -146,7 +146,7 @@ def verify(cfg: ReadingBenchmark) -> dict[str, dict[str, Any]]:
 
 def compare_with_decoding(path: Path, reader: str, cfg: ReadingBenchmark) -> tuple[int, int]:
     """Returns how many frames of a video a reader reads wrongly, and how many it has; frames in excess are wrong."""
-    index, plain = decode_plainly(path, cfg.video_index_path or None)
+    index, plain = decode_plainly(path, cfg.video_index_path)
     bad = start = 0
     while start < len(index):
         piece = range(start, min(start + PIECE, len(index)))
