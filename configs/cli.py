@@ -21,7 +21,7 @@ from configs.errors import UserError, suggest_option
 from configs.original import other_names, our_name
 from configs.values import TRUTH
 
-PATIENCE = 5.0  # seconds that ranks other than 0 wait before printing an error, which rank 0 usually has too
+PATIENCE = 10.0  # seconds that ranks other than 0 wait before printing an error, which rank 0 usually has too
 PAIR = re.compile(r"[A-Za-z_][\w.]*=")  # how key=value begins; results/a=b is a path
 WIDTH, COLUMN = 120, 36  # of --help: characters per line, and the column where descriptions begin
 

@@ -97,6 +97,8 @@ def test_a_causal_video_vae_from_yaml_to_video(videos, tmp_path, monkeypatch):
         "horizontal_flip=true",
     ]
     call(monkeypatch, encode_program, *shared, *data)
+    with pytest.raises(UserError, match=r"^latents_path: .* was made with latents_clips=3, not 4; choose another"):
+        call(monkeypatch, encode_program, *shared, *data, "latents_clips=4")
     stored = load_file(tmp_path / "latents/Box/v_Box_g01_c01.mp4.safetensors")
     assert stored["starts"].tolist() == [0, 2, 4, 24]  # of 7 possible ones, 9 frames 2 apart; 24 frames
     assert stored["moments"].shape == (3, 3, 2, 32, 4, 4) and stored["stills"].shape == (3, 2, 32, 4, 4)

@@ -52,6 +52,11 @@ def source_videos(cfg: TrainConfig) -> ClipDataset:
     return get_dataset(replace(cfg, latents_path=None, use_image_num=0, dataset=dataset))
 
 
+def encoding_settings(cfg: TrainConfig, of_clips: bool) -> dict[str, Any]:
+    """The options that the latents of a folder share: those that training compares, and the number of clips."""
+    return latent_settings(cfg, of_clips) | ({"latents_clips": cfg.latents_clips} if of_clips else {})
+
+
 def latents_file(cfg: TrainConfig, video: Path) -> Path:
     """Where the latents of a video are written: the video's place in `data_path`, in `latents_path`."""
     return Path(cfg.latents_path, f"{video.relative_to(cfg.data_path)}{SUFFIX}")
@@ -194,7 +199,7 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
     """
     clips, codec = source_videos(cfg), load_codec(replace(cfg, latent_mean=None), env.device, need_statistics=False)
     of_clips = codec.spec.time > 1
-    settings = latent_settings(cfg, of_clips) | {"encoder": codec.fingerprint()}
+    settings = encoding_settings(cfg, of_clips) | {"encoder": codec.fingerprint()}
     env.from_first(lambda: write_record(cfg, settings, clips, codec.has_statistics))
 
     bad, changed = [], []
@@ -250,7 +255,7 @@ def main() -> None:
         with distributed() as env:
             encode(cfg, env, args.compare_content)
     elif cli.rank() == 0:
-        settings = latent_settings(cfg, vae_spec(cfg).time > 1)
+        settings = encoding_settings(cfg, vae_spec(cfg).time > 1)
         checks = [
             lambda: source_videos(cfg),
             lambda: vae_file(cfg),
