@@ -281,7 +281,7 @@ class DataOptions:
     )
     short_clips: str = option(
         "spread",
-        "videos below num_frames x frame_interval; spread: use them whole; skip: as evaluation does",
+        "videos below num_frames x frame_interval; spread: used whole, frames spread evenly; skip: left out",
         choices=("spread", "skip"),
     )
     use_image_num: int = option(0, "stills per clip (joint image-video training)", least=0)

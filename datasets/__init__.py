@@ -16,7 +16,7 @@ from unicodedata import normalize
 from torch.utils.data import Dataset
 
 from configs import UserError, choice, require_path
-from datasets.clips import ClipDataset, Prepare, class_folders, summary, survey
+from datasets.clips import ClipDataset, Prepare, check_frame_rate, class_folders, summary, survey
 from datasets.joint import WithStills, check_frame_list, read_frame_list
 from datasets.latents import SUFFIX, check_latents, pick_variant, read_latents
 from datasets.loader import collate, load_batches
@@ -78,13 +78,8 @@ def get_dataset(args: Any, prepare: Prepare = square, say: Callable[[str], objec
     choice("video_reader", args.video_reader, READERS)
     if args.dataset.endswith("_img") and not args.use_image_num:
         raise UserError(f"dataset: {args.dataset} needs use_image_num > 0; for clips alone use {args.dataset[:-4]}")
-    if args.fps and args.frame_interval > 1:
-        raise UserError(
-            f"fps: {args.fps:g} chooses frames by time, frame_interval: {args.frame_interval} by number; "
-            "set frame_interval=1, or leave fps empty"
-        )
-    if args.fps and source.files == "frames":
-        raise UserError(f"fps: the frames of {args.dataset} are images without times; use frame_interval")
+    images = args.dataset if source.files == "frames" else None
+    check_frame_rate(args.fps, args.frame_interval, images, ("fps", "frame_interval"))
     if args.latents_path:
         check_latents(args)
         source = replace(source, files="latents")

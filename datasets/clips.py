@@ -6,7 +6,7 @@ A data set is a list of paths, one per video, and a reader (datasets/readers.py)
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ MAX_NAMED = 10  # unusable files that a message names
 logger = logging.getLogger(__name__)
 
 Prepare = Callable[[torch.Tensor, int, bool], torch.Tensor]  # (frames read, image_size, flip) -> an item's frames
+
+
+class ShortClip(BadClip):
+    """A video with too few frames for a clip."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,54 +155,68 @@ def _contains(folder: str, path: str) -> bool:
 
 def temporal_crop(
     total: int, num_frames: int, frame_interval: int, rng: np.random.Generator, short_clips: str = "spread"
-) -> list[int]:
+) -> Sequence[int]:
     """Returns the indices of a clip's frames in a video of `total` frames.
 
     They are `frame_interval` apart and start at random. In a video too short for that, they are spread evenly from the
     first frame to the last.
 
     Raises:
-        BadClip: the video has fewer than `num_frames` frames, or is too short and `short_clips` is skip.
+        ShortClip: the video has fewer than `num_frames` frames, or is too short and `short_clips` is skip.
     """
-    span = num_frames * frame_interval
-    if short_clips == "skip" and total < span:
-        raise BadClip(f"{total} frames, {span} needed")
-    starts = total - span + 1
-    return crop_at(int(rng.integers(starts)) if starts > 0 else 0, total, num_frames, frame_interval)
+    starts = total - num_frames * frame_interval + 1
+    start = int(rng.integers(starts)) if starts > 0 else 0
+    return crop_at(start, total, num_frames, frame_interval, short_clips)
 
 
-def crop_at(start: int, total: int, num_frames: int, frame_interval: int) -> list[int]:
-    """Returns the indices of the frames of `temporal_crop` from `start` on; raises BadClip as it does."""
-    if total < num_frames:
-        raise BadClip(f"{total} frames, {num_frames} needed")
+def crop_at(start: int, total: int, num_frames: int, frame_interval: int, short_clips: str = "spread") -> Sequence[int]:
+    """Returns the indices of the frames of `temporal_crop` from `start` on; raises ShortClip as it does."""
     span = num_frames * frame_interval
+    if total < (needed := span if short_clips == "skip" else num_frames):
+        raise ShortClip(f"{total} frames, {needed} needed")
     if total >= span:
         return list(range(start, start + span, frame_interval))
     return [i * (total - 1) // max(num_frames - 1, 1) for i in range(num_frames)]
 
 
+def check_frame_rate(fps: float | None, interval: int, images: str | None, keys: Sequence[str]) -> None:
+    """Raises UserError if frames by time (`fps`; None: by number) contradict the interval or the files.
+
+    Args:
+        images: what the clips are, if they are folders of images.
+        keys: the names of the options `fps` and `interval`.
+    """
+    if fps and interval > 1:
+        raise UserError(
+            f"{keys[0]}: {fps:g} chooses frames by time, {keys[1]}: {interval} by number; "
+            f"set {keys[1]}=1, or leave {keys[0]} empty"
+        )
+    if fps and images:
+        raise UserError(f"{keys[0]}: the frames of {images} are images without times; use {keys[1]}")
+
+
 def read_usable(
     paths: Sequence[Path], index: int, read: Callable[[Path], torch.Tensor], rng: np.random.Generator
-) -> tuple[torch.Tensor, int, list[str]]:
+) -> tuple[torch.Tensor, int, list[BadClip]]:
     """Reads `paths[index]`, or a random other path in place of an unusable one.
 
     Returns:
-        The frames, the index of the path they come from, and a line (path and reason) for each unusable path.
+        The frames, the index of the path they come from, and the error (path and reason) of each unusable path.
 
     Raises:
         UserError: `MAX_TRIES` paths in a row are unusable.
     """
-    skipped: list[str] = []
+    skipped: list[BadClip] = []
     while len(skipped) < MAX_TRIES:
         try:
             return read(paths[index]), index, skipped
         except BadClip as error:
-            skipped.append(f"{paths[index]}: {error}")
+            skipped.append(type(error)(f"{paths[index]}: {error}"))
             index = int(rng.integers(len(paths)))
-    raise UserError(f"none of {MAX_TRIES} files drawn in a row can be used: {summary(skipped)}")
+    raise UserError(f"none of {MAX_TRIES} files drawn in a row can be used: {summary(map(str, skipped))}")
 
 
-def summary(skipped: Sequence[str]) -> str:
+def summary(skipped: Iterable[str]) -> str:
     """Returns the first skipped files in one line, each of them once, and the number of the others."""
     names = list(dict.fromkeys(skipped))
     return "; ".join(names[:MAX_NAMED]) + (f"; and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
@@ -220,7 +238,7 @@ class ClipDataset(Dataset):
         label: int; 0 without classes.
         name: the path of the video.
         skipped: list of str, the unusable videos that this one replaces, with the reasons.
-        notes: list of str, what `load_batches` shall count and name about the video.
+        notes: list of (note, video), what `load_batches` shall count and name.
     """
 
     def __init__(
@@ -252,14 +270,18 @@ class ClipDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         video, index, skipped, total = self.draw(index, self.num_frames, self.frame_interval, rng)
         path, span = self.paths[index], self.num_frames * self.frame_interval
-        notes = [self.note(path)] if self.note else []
+        notes = [(self.note(path), str(path))] if self.note else []
+        short = f"shorter than num_frames x frame_interval = {span} frames and"
         if total < span:
-            notes.append(f"shorter than num_frames x frame_interval = {span} frames and used whole")
+            notes.append((f"{short} used whole", str(path)))
+        left_out = [each for each in skipped if self.short_clips == "skip" and isinstance(each, ShortClip)]
+        notes += [(f"{short} left out", str(each)) for each in left_out]
+        skipped = [str(each) for each in skipped if each not in left_out]
         return dict(video=video, label=self.labels[index], name=str(path), skipped=skipped, notes=notes)
 
     def draw(
         self, index: int, num_frames: int, frame_interval: int, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, int, list[str], int]:
+    ) -> tuple[torch.Tensor, int, list[BadClip], int]:
         """Returns `num_frames` frames of video `index` from a random start, or of another video if it is unusable.
 
         Returns:
@@ -268,7 +290,7 @@ class ClipDataset(Dataset):
         """
         total = 0
 
-        def choose(number: int) -> list[int]:
+        def choose(number: int) -> Sequence[int]:
             nonlocal total
             total = number
             return temporal_crop(total, num_frames, frame_interval, rng, self.short_clips)

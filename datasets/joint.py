@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from configs import UserError
 from datasets.clips import ClipDataset, read_usable, summary
-from datasets.readers import read_image
+from datasets.readers import BadClip, read_image
 
 BYTE_ORDER_MARKS = {  # at the start of a text file -> its encoding
     codecs.BOM_UTF8: "utf-8-sig",
@@ -52,11 +52,11 @@ class WithStills(Dataset):
         return item | {
             "video": torch.cat([item["video"], *stills]),  # (F+K, 3, S, S)
             "image_labels": torch.tensor(labels),
-            "skipped": sum(skipped, item["skipped"]),
+            "skipped": item["skipped"] + [str(error) for errors in skipped for error in errors],
         }
 
-    def _draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, int, list[str]]:
-        """Returns a random image (1, 3, S, S), its label, and the unusable files."""
+    def _draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, int, list[BadClip]]:
+        """Returns a random image (1, 3, S, S), its label, and the errors of unusable files."""
         if self.paths is None:
             still, index, skipped, _ = self.clips.draw(int(rng.integers(len(self.clips))), 1, 1, rng)
             return still, self.clips.labels[index], skipped

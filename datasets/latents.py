@@ -74,8 +74,19 @@ def latent_settings(args: Any, of_clips: bool) -> dict[str, Any]:
         "image_size": args.image_size,
         "horizontal_flip": args.horizontal_flip,
         "fps": args.fps,
+        "vae_tiling": bool(args.vae_tiling),
         **clip,
     }
+
+
+def check_latents_record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of a folder of latents; raises UserError if it was made with other settings.
+
+    An older record does not say `vae_tiling`, and fits either.
+    """
+    made = read_record(path, "latents_path")
+    check_same_settings({"vae_tiling": settings["vae_tiling"]} | made, settings, "latents_path", path.parent)
+    return made
 
 
 def have_statistics(args: Any) -> bool:
@@ -92,8 +103,8 @@ def check_latents(args: Any, encoder: str | None = None) -> None:
     record = require_path(args, "latents_path", folder=True) / RECORD
     if not record.is_file():
         raise UserError(f"latents_path: no {RECORD} in {record.parent}; make them with tools/encode_latents.py")
-    made = read_record(record, "latents_path")
-    check_same_settings(made, latent_settings(args, "num_frames" in made), "latents_path", record.parent)
+    of_clips = "num_frames" in read_record(record, "latents_path")
+    made = check_latents_record(record, latent_settings(args, of_clips))
     if encoder and made.get("encoder") != encoder:
         raise UserError(f"vae: the latents in {record.parent} are of another VAE, {made['vae']}; use that one")
     if args.use_image_num and args.frame_data_txt:

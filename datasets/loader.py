@@ -61,7 +61,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "label": torch.tensor([item["label"] for item in items]),
         "name": [item["name"] for item in items],
         "skipped": [file for item in items for file in item["skipped"]],
-        "notes": [(note, item["name"]) for item in items for note in item["notes"]],
+        "notes": [note for item in items for note in item["notes"]],
     }
     if "image_labels" in items[0]:
         batch["image_labels"] = torch.stack([item["image_labels"] for item in items])

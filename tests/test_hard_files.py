@@ -18,9 +18,12 @@ from safetensors import safe_open
 from configs import TrainConfig, UserError
 from datasets import ClipSampler, get_dataset, load_batches, video_index
 from datasets.readers import BadClip, read_frame_folder, read_image, read_video
+from datasets.transforms import square
 from tools import benchmark, convert_videos_to_frames, encode_latents
 from tools.benchmarks import reading
-from tools.metrics.clips import ShortClip, choose_window
+from tools.metrics.clips import VideoFiles
+from tools.metrics.options import ClipOptions
+from tools.metrics.protocols import fill_in
 
 NUM, HEIGHT, WIDTH = 48, 64, 96
 PATCHES = ((200, 40, 40), (40, 180, 40), (40, 40, 200), (225, 172, 106), (220, 220, 220), (20, 20, 20))
@@ -401,7 +404,12 @@ def test_clips_of_videos_of_mixed_rates_show_the_same_time(files, tmp_path):
         for path in sorted(tmp_path.iterdir())
     ]
     assert shown[0] == list(range(0, 48, 2)) and np.abs(np.subtract(*shown)).max() <= 1
-    assert clips_of(tmp_path, fps=6)[0]["video"].shape == (8, 3, 16, 16)
+    slow = clips_of(tmp_path, fps=6)
+    assert slow[0]["video"].shape == (8, 3, 16, 16)
+    real = real_clips_of(tmp_path, real_fps=6, num_frames=24)  # all frames at this rate
+    assert real.cfg.real_stride == 1
+    for i, path in enumerate(slow.paths):
+        assert torch.equal(real[i], square(read_video(path, range, fps=6), 16, flip=False))
 
 
 @pytest.mark.parametrize(
@@ -417,8 +425,24 @@ def test_a_rate_that_contradicts_is_refused_in_one_line(files, changes, message)
     assert "\n" not in str(raised.value)
 
 
-def test_short_videos_are_counted_and_named_once_or_skipped_as_in_evaluation(files, tmp_path):
-    """24 and 30 frames, where 40 are needed."""
+def test_a_rate_that_contradicts_is_refused_in_evaluation(files, tmp_path):
+    with pytest.raises(UserError, match=r"real_fps: 8 chooses frames by time, real_stride: 3 by number"):
+        real_clips_of(files, real_fps=8, real_stride=3)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(UserError, match=r"real_fps: the frames of .* are images without times; use real_stride"):
+        real_clips_of(tmp_path, real_fps=8)
+
+
+def real_clips_of(folder: Path, **changes) -> VideoFiles:
+    """The clips of evaluation, in the order of their names."""
+    options = dict(real_path=str(folder), order="sorted", num_frames=8, image_size=16, video_reader="pyav")
+    cfg = fill_in(ClipOptions(**(options | changes)))
+    return VideoFiles(cfg, "real_path", 99, cfg.real_stride)
+
+
+def test_short_videos_are_named_once_and_used_whole_or_left_out_in_training_and_in_evaluation(files, tmp_path):
+    """24 and 30 frames, where 40 are needed. Left out, they do not count as unusable files."""
     names = ["plain.mp4", "starts_late.ts", "edit.mp4"]
     for name in names:
         (tmp_path / name).symlink_to(files / name)
@@ -431,11 +455,17 @@ def test_short_videos_are_counted_and_named_once_or_skipped_as_in_evaluation(fil
         "2 videos of the first 3 files drawn are shorter than num_frames x frame_interval = 40 frames"
     )
     assert "starts_late.ts" in line and "edit.mp4" in line and "plain.mp4" not in line
-    skipped = clips_of(tmp_path, frame_interval=5, short_clips="skip")
-    reasons = {line for i in range(3) for line in skipped[i]["skipped"]}
-    assert reasons == {f"{tmp_path}/starts_late.ts: 24 frames, 40 needed", f"{tmp_path}/edit.mp4: 30 frames, 40 needed"}
-    with pytest.raises(ShortClip, match="24 frames, 40 needed"):
-        choose_window(24, 8, 5, "a", 0)
+    spread = real_clips_of(tmp_path, real_stride=5, short_clips="spread")
+    for i in (0, 2):  # edit.mp4 and starts_late.ts
+        assert torch.equal(spread[i], dataset[i]["video"])
+    skipped, said = clips_of(tmp_path, frame_interval=5, short_clips="skip"), []
+    for _ in islice(load_batches(skipped, ClipSampler(3, 3), say=said.append, max_bad_fraction=0), 4):
+        pass
+    (line,) = said
+    assert line.startswith("2 videos of the first 3 files drawn are shorter than num_frames x frame_interval = 40")
+    for reason in (f"{tmp_path}/starts_late.ts: 24 frames, 40 needed", f"{tmp_path}/edit.mp4: 30 frames, 40 needed"):
+        assert reason in line and reason in map(str, real_clips_of(tmp_path, real_stride=5))
+    assert {skipped[i]["name"] for i in range(3)} == {f"{tmp_path}/plain.mp4"}
 
 
 def test_the_log_counts_which_files_decord_reads_and_why_not_the_others(files):

@@ -198,12 +198,14 @@ def test_wilson_is_scipys(hits, total):
         ("vae_path={data}", "no VAE in"),
         ("num_frames=7", "6 frames at interval 1, num_frames=7 needed"),
         ("frame_interval=2", "3 frames at interval 2, num_frames=4 needed"),
+        ("fps=4", "3 frames at interval 1, num_frames=4 needed"),
+        ("fps=4 frame_interval=2", "fps: 4 chooses frames by time, frame_interval: 2 by number"),
         ("smaples_path=x", "did you mean samples_path?"),
     ],
 )
 def test_mistakes_are_one_line(data, options, monkeypatch, change, message):
     with pytest.raises(UserError) as error:
-        run(monkeypatch, *options, change.format(data=data))
+        run(monkeypatch, *options, *change.format(data=data).split())
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

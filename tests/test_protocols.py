@@ -204,6 +204,8 @@ def test_departures_are_named():
     assert describe_protocol(record) == "latte, but num_fake=70 (2048), real_stride=1 (3)"
     for options in (["protocol=latte"], ["protocol=latte", "real_stride=3"], ["protocol=latte", "real_stride=6"]):
         assert record_of(*options)["protocol"]["departures"] == {}, options  # 6 is Taichi's
+    by_time = record_of("protocol=latte", "real_fps=8", "short_clips=spread")["protocol"]["departures"]
+    assert by_time == {"real_stride": [1, 3], "real_fps": [8, None], "short_clips": ["spread", "skip"]}
     assert record_of("protocol=skip-dit", "real_stride=6")["protocol"]["departures"]
     for name in PROTOCOLS:
         assert record_of(f"protocol={name}")["protocol"]["departures"] == {}, name
@@ -212,6 +214,11 @@ def test_departures_are_named():
 def test_two_records_compare_if_only_the_samples_differ():
     first = record_of("protocol=latte")
     assert why_not(first, record_of("protocol=latte", "seed=1", "num_real=2048")) == ""
+    older = record_of("protocol=latte")
+    for name in ("real_fps", "short_clips"):
+        del older["protocol"]["settings"][name]
+    assert why_not(older, first) == why_not(first, older) == ""
+    assert "real_fps=None, not 8" in why_not(first, record_of("protocol=latte", "real_fps=8"))
     reasons = why_not(record_of("protocol=skip-dit"), first)
     assert "real_stride=1, not 3" in reasons or "real_stride=3, not 1" in reasons
     changes = [

@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_path, check_record, check_writable, file_hash, read_record, write_json
+from configs.files import atomic_path, check_writable, file_hash, write_json
 from datasets import class_changes, get_dataset
-from datasets.clips import ClipDataset, crop_at, summary, survey
-from datasets.latents import RECORD, SUFFIX, latent_settings
+from datasets.clips import ClipDataset, ShortClip, crop_at, summary, survey
+from datasets.latents import RECORD, SUFFIX, check_latents_record, latent_settings
 from datasets.readers import IMAGE_SUFFIXES, BadClip, Read, has_suffix
 from datasets.transforms import square
 from models.autoencoder import LatentCodec, load_codec, vae_file
@@ -177,8 +177,8 @@ def half_moments(codec: LatentCodec, videos: Tensor, num_stills: int = 0) -> Ten
 def write_record(cfg: TrainConfig, settings: dict[str, Any], clips: ClipDataset, has_statistics: bool) -> None:
     """Writes what the latents are made with; UserError if `latents_path` holds latents of other settings."""
     path = Path(cfg.latents_path, RECORD)
-    if check_record(path, settings, "latents_path"):
-        before = read_record(path, "latents_path").get("classes")
+    if path.is_file():
+        before = check_latents_record(path, settings).get("classes")
         if before and clips.classes and (changes := class_changes(before, clips.classes)):
             print(f"the classes have changed: {changes}")
         drop_orphans(cfg, clips)
@@ -202,7 +202,8 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
     settings = encoding_settings(cfg, of_clips) | {"encoder": codec.fingerprint()}
     env.from_first(lambda: write_record(cfg, settings, clips, codec.has_statistics))
 
-    bad, changed = [], []
+    bad, changed, short = [], [], []
+    span = cfg.num_frames * cfg.frame_interval
     for path in tqdm(clips.paths[env.rank :: env.world_size], disable=not env.is_main, unit="video"):
         file = latents_file(cfg, path)
         if is_encoded(cfg, path, compare_content):
@@ -215,13 +216,19 @@ def encode(cfg: TrainConfig, env: Environment, compare_content: bool = False) ->
             tensors = (encode_clips if of_clips else encode_frames)(cfg, codec, clips, path)
         except (BadClip, OSError) as error:  # OSError: it is gone since
             tqdm.write(f"skipped {path}: {error}")
-            bad.append(f"{path}: {error}")
+            (short if isinstance(error, ShortClip) and cfg.short_clips == "skip" else bad).append(f"{path}: {error}")
             continue
+        total = int(tensors["starts"][-1]) if of_clips else len(tensors["moments"])
+        if total < span:
+            short.append(f"{path}: {total} frames")
         with atomic_path(file) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
-    bad, changed = env.gather(bad), env.gather(changed)
+    bad, changed, short = env.gather(bad), env.gather(changed), env.gather(short)
     if env.is_main:
         print(f"{len(clips.paths)} videos, {len(bad)} skipped")
+        if short:
+            use = "leaves them out" if cfg.short_clips == "skip" else "uses them whole"
+            print(f"training {use} (short_clips): {len(short)} videos below {span} frames: {summary(short)}")
         if changed:
             hint = "" if compare_content else " (by size and time; --compare-content looks at the content)"
             print(f"{len(changed)} videos have changed and were encoded again{hint}: {summary(changed)}")
@@ -255,11 +262,11 @@ def main() -> None:
         with distributed() as env:
             encode(cfg, env, args.compare_content)
     elif cli.rank() == 0:
-        settings = encoding_settings(cfg, vae_spec(cfg).time > 1)
+        settings, record = encoding_settings(cfg, vae_spec(cfg).time > 1), Path(cfg.latents_path, RECORD)
         checks = [
             lambda: source_videos(cfg),
             lambda: vae_file(cfg),
-            lambda: check_record(Path(cfg.latents_path, RECORD), settings, "latents_path"),
+            lambda: record.is_file() and check_latents_record(record, settings),
         ]
         cli.dry_run(cfg, describe_encoding(cfg, args.compare_content), checks)
 

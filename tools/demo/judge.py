@@ -45,6 +45,7 @@ class JudgeConfig:
     output: str = option("results/judge.json", "the record to write", path=True)
     num_frames: int = option(16, "frames of a clip", least=2)
     frame_interval: int = option(1, "of real clips, as in training; samples are taken as they are", least=1)
+    fps: float | None = option(None, "frames of a real clip per second, as in training", above=0)
     image_size: int = option(64, "pixels of a side", least=8)
     epochs: int = option(20, "of the classifier's training", least=1)
     batch_size: int = option(16, "clips of a step", least=1)
@@ -63,7 +64,7 @@ from torch import Tensor, nn
 from configs.files import check_writable, write_json
 from configs.tables import markdown_table
 from datasets import get_dataset
-from datasets.clips import class_folders
+from datasets.clips import check_frame_rate, class_folders
 from datasets.readers import BadClip, read_video
 from datasets.transforms import square
 from models.autoencoder import LatentCodec, find_weights
@@ -111,6 +112,7 @@ def find_sets(cfg: JudgeConfig) -> tuple[list[str], dict[str, ClipFiles]]:
     folders = sample_folders(cfg)
     if cfg.samples_path and not folders:
         raise UserError(f"samples_path: no folder {cfg.samples_path}")
+    check_frame_rate(cfg.fps, cfg.frame_interval, None, ("fps", "frame_interval"))
     if cfg.image_size % 8:  # of the VAE's stride, and four rows of tiles
         raise UserError(f"image_size: {cfg.image_size} is not a multiple of 8")
     roots = {name: require_path(cfg, key) for name, key in ROOTS.items()}
@@ -152,8 +154,8 @@ def check_diversity(name: str, labels: Sequence[int], names: Sequence[str]) -> N
         raise UserError(f"{name}: diversity needs two clips of every class")
 
 
-def load_clips(files: ClipFiles, cfg: JudgeConfig, interval: int) -> Clips:
-    """Reads every `interval`-th frame of the video files.
+def load_clips(files: ClipFiles, cfg: JudgeConfig, interval: int, fps: float | None = None) -> Clips:
+    """Reads every `interval`-th frame of the video files, or `fps` frames a second.
 
     Raises:
         UserError: a file is broken, or too short.
@@ -161,7 +163,7 @@ def load_clips(files: ClipFiles, cfg: JudgeConfig, interval: int) -> Clips:
     videos = []
     for path in files.paths:
         try:
-            frames = read_video(path, lambda total: range(0, total, interval))  # (F or more, 3, H, W)
+            frames = read_video(path, lambda total: range(0, total, interval), fps=fps)  # (F or more, 3, H, W)
         except BadClip as error:
             raise UserError(f"{path}: {error}") from None
         if len(frames) < cfg.num_frames:
@@ -262,7 +264,7 @@ def judge(cfg: JudgeConfig) -> dict[str, Any]:
     """The record of all sets: reads the clips, trains the classifier, measures each set."""
     names, files = find_sets(cfg)
     codec = LatentCodec.from_pretrained(require_path(cfg, "vae_path"))
-    sets = {name: load_clips(files.pop(name), cfg, cfg.frame_interval) for name in ROOTS}
+    sets = {name: load_clips(files.pop(name), cfg, cfg.frame_interval, cfg.fps) for name in ROOTS}
     for name in ROOTS:
         step = max(1, len(sets[name].files) // len(sets["real test"].files))  # as many train as test clips are enough
         some = Clips(*(column[::step] for column in sets[name]))

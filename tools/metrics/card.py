@@ -47,9 +47,10 @@ def find_caveats(record: Record) -> list[str]:
         lines.append(f"{clips} fake clips, num_fake={settings['num_fake']}: compare with as many only")
     real = record["real"] or {}
     for key, found in (("real", real), ("real, all frames", real.get("all_frames", {})), ("fake", record["fake"])):
-        row = {"too_short": 0, "broken": []} | found
+        row = {"too_short": 0, "short": [], "broken": []} | found
         if row["too_short"]:
-            lines.append(f"{key}: {row['too_short']} videos with too few frames for this stride were dropped")
+            names = f": {summary(row['short'])}" * bool(row["short"])
+            lines.append(f"{key}: {row['too_short']} videos with too few frames for this stride were dropped{names}")
         if row["broken"]:
             lines.append(f"{key}: {len(row['broken'])} broken videos were passed over: {summary(row['broken'])}")
     for name, found in record["detectors"].items():

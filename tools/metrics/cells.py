@@ -297,7 +297,8 @@ def read_lines(folder: Path) -> dict[str, Measured]:
 
 def real_clips(cfg: MeasureConfig) -> VideoFiles:
     """All clips in `real_path`, as tools/evaluate.py reads them."""
-    shared = {key: getattr(cfg, key) for key in ("real_path", "real_stride", "num_frames", "image_size")}
+    keys = ("real_path", "real_stride", "real_fps", "short_clips", "num_frames", "image_size")
+    shared = {key: getattr(cfg, key) for key in keys}
     return VideoFiles(fill_in(ClipOptions(**shared)), "real_path", sys.maxsize, cfg.real_stride)
 
 

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from configs import SampleConfig, require_path
 from configs.errors import UserError
 from configs.files import file_hash, flatten
-from datasets.clips import find_frame_folders, find_videos
+from datasets.clips import check_frame_rate, crop_at, find_frame_folders, find_videos
 from datasets.readers import BadClip, Choose, has_suffix, read_frame_folder, read_video
 from datasets.transforms import square
 from models.checkpoint import weights_hash
@@ -40,21 +40,19 @@ PIECE = 256  # frames of a whole video that are read at once
 Clip = Tensor | BadClip  # (F, 3, S, S) uint8, or why a video gives no clip
 
 
-class ShortClip(BadClip):
-    """A video with too few frames for a clip at the stride asked for."""
-
-
-def choose_window(total: int, num_frames: int, stride: int, name: str | None, seed: int) -> range:
+def choose_window(
+    total: int, num_frames: int, stride: int, name: str | None, seed: int, short_clips: str = "skip"
+) -> Sequence[int]:
     """The indices of a clip's frames, as StyleGAN-V's data sets choose them; (seed, name) settle the first one.
 
     Args:
         name: None: the window begins at the first frame, as those of samples do.
 
     Raises:
-        ShortClip: there are fewer than num_frames x stride frames.
+        ShortClip: there are fewer than num_frames x stride frames; with short_clips=spread, fewer than num_frames.
     """
     if total < num_frames * stride:
-        raise ShortClip(f"{total} frames, {num_frames * stride} needed")
+        return crop_at(0, total, num_frames, stride, short_clips)
     length = (num_frames - 1) * stride + 1
     draw = random.Random(f"offset of {name} by {seed}").randrange
     first = 0 if name is None else draw(total - length + 1)
@@ -125,7 +123,9 @@ class VideoFiles:
         if not paths:
             raise UserError(f"{key}: there are no video files and no folders of images under {self.root}")
         self.kind = "video files" if videos else "frames"
-        self.read = partial(read_video, reader=cfg.video_reader) if videos else read_frame_folder
+        fps = cfg.real_fps if key == "real_path" else None
+        check_frame_rate(fps, stride or 1, None if videos else str(self.root), ("real_fps", "real_stride"))
+        self.read = partial(read_video, reader=cfg.video_reader, fps=fps) if videos else read_frame_folder
         clips = [(path, path.stem if videos else path.name) for path in paths]  # one name for a file and its frames
         place = partial(shuffle_key, seed=cfg.seed) if cfg.order == "random" else str
         self.clips = sorted(clips, key=lambda clip: (place(clip[1]), clip[0].relative_to(self.root)))
@@ -140,11 +140,14 @@ class VideoFiles:
         choose = partial(self.choose, name if self.key == "real_path" else None)
         return read_clip(partial(read, path), choose, path, self.cfg, self.cfg.jpeg and not is_jpeg)
 
-    def choose(self, name: str | None, total: int) -> range:
+    def choose(self, name: str | None, total: int) -> Sequence[int]:
         """The indices of a clip's frames; without a stride, all frames."""
         cfg = self.cfg
         total = min(total, cfg.first_frames or total) if self.key == "real_path" else total
-        return choose_window(total, cfg.num_frames, self.stride, name, cfg.seed) if self.stride else range(total)
+        if not self.stride:
+            return range(total)
+        short_clips = cfg.short_clips if self.key == "real_path" else "skip"
+        return choose_window(total, cfg.num_frames, self.stride, name, cfg.seed, short_clips)
 
     def read_whole(self, path: Path, choose: Choose) -> Tensor:
         """All frames of a video at image_size, read piece by piece: at its own size a long video may not fit."""
@@ -220,7 +223,7 @@ class SampledClips:
                     clips.append(read_clip(read, self.choose, f"seed {name}", self.cfg, self.cfg.jpeg))
             yield clips
 
-    def choose(self, total: int) -> range:
+    def choose(self, total: int) -> Sequence[int]:
         """The indices of a clip's frames."""
         return choose_window(total, self.cfg.num_frames, self.cfg.fake_stride, None, self.cfg.seed)
 

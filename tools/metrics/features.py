@@ -16,16 +16,17 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.files import atomic_path
-from datasets.clips import summary
+from datasets.clips import ShortClip, summary
 from datasets.readers import BadClip
 from sample.distributed import Environment
-from tools.metrics.clips import SampledClips, ShortClip, VideoFiles
+from tools.metrics.clips import SampledClips, VideoFiles
 from tools.metrics.detectors import DetectorFile
 from tools.metrics.options import DETECTOR_OF, OUTPUTS, ClipOptions, EvaluateConfig
 
 # The options that settle the features of all frames, and those of clips.
 FRAMES_KEPT_BY = ("first_frames", "image_size", "resize_filter", "jpeg", "video_reader")
 CLIPS_KEPT_BY = (*FRAMES_KEPT_BY, "num_real", "num_frames", "real_stride", "order", "seed")
+ADDED = {"real_fps": None, "short_clips": "skip"}  # options of both that are newer than kept features, which had these
 SHOWN = 8  # clips whose pixels are kept
 VERSION = 2  # of kept features; raise it when the code computes other features from the same files
 
@@ -69,13 +70,13 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
         seen = indices.stop
         clips = seen - len(failed)
 
-    short = [clip for clip in failed if isinstance(clip, ShortClip)]
     broken = [str(clip) for clip in failed if not isinstance(clip, ShortClip)]
     check_broken(source.key, broken, seen, cfg)
+    short = [str(clip) for clip in failed if isinstance(clip, ShortClip)]
     if clips < 2:
         hint = f" ({short[0]}: num_frames x stride)" if short else ""
         raise UserError(f"{source.key}: {clips} clips where two are needed: {len(short)} videos are too short{hint}")
-    report = {"read": seen, "clips": clips, "too_short": len(short), "broken": broken}
+    report = {"read": seen, "clips": clips, "too_short": len(short), "short": short, "broken": broken}
     return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report, shown)
 
 
@@ -136,6 +137,7 @@ def real_features(
     files: dict[str, Path] = {}
     if cfg.feature_path:
         facts = [VERSION, compute.__name__, sha256, *(getattr(cfg, key) for key in kept_by)]
+        facts += [f"{key}={getattr(cfg, key)}" for key, before in ADDED.items() if getattr(cfg, key) != before]
         for name in networks:
             key = json.dumps([*facts, OUTPUTS[name], found[DETECTOR_OF[name]].sha256])
             files[name] = Path(cfg.feature_path) / name / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

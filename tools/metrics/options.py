@@ -97,8 +97,15 @@ class ClipOptions:
         None, "the clips used if there are more: a random choice, or the first by name", choices=("random", "sorted")
     )
     num_frames: int | None = option(None, "frames of a clip", least=2)
-    first_frames: int | None = option(None, "only these frames of a real video are used; 0: all", least=0)
+    first_frames: int | None = option(None, "only these frames (at real_fps) of a real video; 0: all", least=0)
     real_stride: int | None = option(None, "frames from one to the next of a real clip", least=1)
+    real_fps: float | None = option(
+        None, "frames of a real clip per second, as fps in training; real_stride is 1 then", above=0
+    )
+    short_clips: str | None = option(
+        None, "videos below num_frames x stride, as in training; spread: used whole; skip: left out",
+        choices=("spread", "skip"),
+    )  # fmt: skip
     image_size: int | None = option(None, "the side of a square cut from the centre", least=1)
     resize_filter: str | None = option(
         None, "the filter that resizes to it, antialiased; lanczos crops first, as Latte, all others resize first",
@@ -151,6 +158,10 @@ class MeasureConfig(SampleConfig):
     num_clips: int = option(64, "seeds seed, seed + 1, ...", least=4)
     real_path: str | None = option(None, "video files; empty: no distance to real clips", path=True)
     real_stride: int = option(1, "frames from one to the next of a real clip, as in training", least=1)
+    real_fps: float | None = option(None, "frames of a real clip per second, as fps in training", above=0)
+    short_clips: str = option(
+        "skip", "real videos below num_frames x stride, as in training", choices=("spread", "skip")
+    )
     fidelity: str = option(
         "ours", "metrics against twins; teacache: also PSNR by frame, SSIM and LPIPS of mp4 files (arXiv:2411.19108)",
         choices=("ours", "teacache"),

@@ -22,6 +22,8 @@ class Protocol:
     num_frames: int = 16
     first_frames: int = 0
     real_stride: int = 1
+    real_fps: float | None = None
+    short_clips: str = "skip"
     fake_stride: int = 1
     image_size: int = 256
     resize_filter: str = "bilinear"
@@ -62,6 +64,8 @@ SETTINGS = [name for name in Protocol.__dataclass_fields__ if name not in ("sour
 def fill_in(cfg: Any) -> Any:
     """The options of `cfg`, in which those left empty have the value of the protocol."""
     protocol = PROTOCOLS[cfg.protocol]
+    if cfg.real_fps and cfg.real_stride is None:
+        cfg = replace(cfg, real_stride=1)
     empty = [name for name in SETTINGS if getattr(cfg, name, "absent") is None]
     return replace(cfg, **{name: getattr(protocol, name) for name in empty})
 
@@ -98,6 +102,6 @@ def why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
         hashes = {name: str(record["detectors"][name]["sha256"])[:12] for name in sorted(shared)}
         sets = {"real clips": real.get("clips"), "real files": str(real.get("sha256"))[:12]}
         sets |= {"fake clips": fake["clips"], "fakes from": fake["kind"]}
-        return record["protocol"]["settings"] | sets | hashes
+        return {"short_clips": "skip"} | record["protocol"]["settings"] | sets | hashes  # older records do without
 
     return differences(facts(a), facts(b))
