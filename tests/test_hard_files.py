@@ -447,7 +447,7 @@ def test_short_videos_are_named_once_and_used_whole_or_left_out_in_training_and_
     for name in names:
         (tmp_path / name).symlink_to(files / name)
     said = []
-    dataset = clips_of(tmp_path, frame_interval=5)
+    dataset = clips_of(tmp_path, frame_interval=5, horizontal_flip=False)
     for _ in islice(load_batches(dataset, ClipSampler(3, 3), say=said.append), 4):
         pass
     (line,) = said
