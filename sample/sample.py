@@ -43,7 +43,7 @@ from sample.folder import earlier_record, make_record, video_path
 from sample.media import save_contact_sheet, save_grid, save_video
 from sample.pipeline import Pipeline, load, sample_latents, shortened
 from sample.plans import UNCACHED, Plan, describe_run, make_plan
-from sample.similarity import doubts, psnr, ssim
+from sample.similarity import doubts, is_flat, psnr, ssim
 
 MAX_COMPARED = 8  # clips in compare.mp4 and compare.png
 
@@ -211,7 +211,7 @@ def main() -> None:
     report = [summarize(run, runs[0]) for run in runs]
     write_grids(folder, cfg, clips, runs)
     cached = [value for run in report if run["plan"]["cached_steps"] for value in run.get("psnr_clips", [])]
-    notes = doubts(torch.cat(runs[0].videos), cached) if args.compare else []
+    notes = doubts(map(is_flat, torch.cat(runs[0].videos)), cached) if args.compare else []
     write_json(folder / SAMPLE_RECORD, record | {"runs": report, "notes": notes})
     if args.compare:
         print(f"\n{comparison(report)}")

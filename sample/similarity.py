@@ -1,4 +1,4 @@
-"""PSNR and SSIM of two videos."""
+"""PSNR and SSIM of two videos, and when they say nothing."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,9 @@ from torch import Tensor
 PSNR_LIMIT = 100.0  # dB; that of equal clips, so that means are finite
 SSIM_BORDER = 5  # half of SSIM's window of 11 pixels: nearer to the edge, the window would need padding
 
-FLAT = 0.02  # standard deviation of a clip in [-1, 1], 2.5 of 255 grey levels, below which it shows nothing
+FLAT = 0.02  # standard deviation of a clip in [-1, 1], 2.5 of 255 levels, below which it shows nothing
 TOO_ALIKE = 80.0  # dB; pixels rounded to 8 bits are 59 dB from themselves
+UNTRAINED = "the model may be untrained, or its average young: weights=model samples the weights themselves"
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -39,11 +40,23 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return full[..., inside, inside].mean().item()
 
 
-def doubts(references: Iterable[Tensor], psnrs: Iterable[float]) -> list[str]:
-    """Returns why similarities to reference clips (F, 3, H, W) tell nothing of a cache, a sentence each; often none."""
-    references, alike = list(references), sum(value >= TOO_ALIKE for value in psnrs)
-    flat = sum(clip.std().item() < FLAT for clip in references)
-    hint = "the model may be untrained, or its average young: weights=model samples the weights themselves"
-    found = [f"{flat} of {len(references)} uncached clips are nearly of one color"] * bool(flat)
+def is_flat(clip: Tensor) -> bool:
+    """Returns whether a clip (F, 3, H, W), uint8 or in [-1, 1], is nearly of one color.
+
+    Likeness to such a clip means nothing. The color channel that varies most decides.
+    """
+    scale = 1.0 if clip.is_floating_point() else 127.5
+    return clip.float().std((0, 2, 3)).max().item() < FLAT * scale
+
+
+def doubts(flat: Iterable[bool], psnrs: Iterable[float] = ()) -> list[str]:
+    """Returns why similarities to reference clips tell nothing of a sampler, a sentence each; often none.
+
+    Args:
+        flat: `is_flat` of each reference clip.
+        psnrs: of cached clips to their references, in dB.
+    """
+    flat, alike = list(flat), sum(value >= TOO_ALIKE for value in psnrs)
+    found = [f"{sum(flat)} of {len(flat)} reference clips are nearly of one color"] * any(flat)
     found += [f"{alike} cached clips are those of the uncached run to {TOO_ALIKE:g} dB"] * bool(alike)
-    return [f"{each}, so PSNR and SSIM say nothing of the cache; {hint}" for each in found]
+    return [f"{each}, so metrics of their pixels say nothing of a sampler; {UNTRAINED}" for each in found]

@@ -1,12 +1,13 @@
 """What several test files need: a tiny model with random weights, sampled in a second; stand-ins of detectors."""
 
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import SampleConfig, load_config
@@ -54,6 +55,20 @@ def tiny(tmp_path_factory) -> Path:
         latent_channels=4,
         mid_block_add_attention=False,
     ).save_pretrained(folder / "vae")
+    return folder / "sample.yaml"
+
+
+@pytest.fixture(scope="session")
+def flat(tiny, tmp_path_factory) -> Path:
+    """`tiny` with a VAE that decodes all latents to one color, as a model that has not learned yet may seem to do."""
+    folder = tmp_path_factory.mktemp("flat")
+    shutil.copytree(tiny.parent / "vae", folder / "vae")
+    weights = load_file(file := folder / "vae/diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.weight"].zero_()
+    weights["decoder.conv_out.bias"].copy_(torch.tensor([0.9, 0.1, -0.9]))
+    save_file(weights, file)
+    text = tiny.read_text().replace(f"pretrained_model_path: {tiny.parent}", f"pretrained_model_path: {folder}")
+    (folder / "sample.yaml").write_text(text)
     return folder / "sample.yaml"
 
 

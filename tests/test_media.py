@@ -13,7 +13,7 @@ from configs import UserError
 from configs.files import write_json
 from models.hardware import describe_machine
 from sample import media
-from sample.similarity import doubts
+from sample.similarity import doubts, is_flat
 
 
 def gradient(num_videos: int, frames: int, height: int, width: int) -> torch.Tensor:
@@ -101,11 +101,17 @@ def test_records(tmp_path):
     assert torch.__version__ in machine and f"{torch.get_num_threads()} threads" in machine and "\n" not in machine
 
 
+@pytest.mark.parametrize("change", [0, 0.01, 1])
+def test_a_clip_of_one_color_is_flat_whatever_the_color_and_the_type(change):
+    """A color channel that varies by more than 2.5 levels is a picture; different channels are a color."""
+    clip = torch.tensor([0.9, 0.1, -0.9]).view(3, 1, 1) + change * gradient(1, 4, 8, 8)[0].clamp(-1, 1)
+    assert is_flat(clip) == is_flat(((clip.clamp(-1, 1) + 1) * 127.5).round().byte()) == (change < 1)
+
+
 def test_similarity_to_clips_that_show_nothing_is_doubted():
     """A reference of one color, and cached clips equal to it, as an untrained model gives them."""
-    clip = torch.linspace(-1, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
-    assert doubts([clip, clip], [38.0, 59.0]) == []
-    (flat,) = doubts([clip, clip * 0.01], [40.0])
-    assert flat.startswith("1 of 2 uncached clips are nearly of one color, so PSNR and SSIM say nothing of the cache")
-    (alike,) = doubts([clip], [100.0, 81.0, 40.0])
+    assert doubts([False, False], [38.0, 59.0]) == []
+    (flat,) = doubts([False, True], [40.0])
+    assert flat.startswith("1 of 2 reference clips are nearly of one color, so metrics of their pixels say ")
+    (alike,) = doubts([False], [100.0, 81.0, 40.0])
     assert alike.startswith("2 cached clips are those of the uncached run to 80 dB") and "weights=model" in alike

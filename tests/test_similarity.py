@@ -1,4 +1,7 @@
-"""sample/similarity.py against scikit-image."""
+"""sample/similarity.py against scikit-image, and every program that compares with clips that show nothing."""
+
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +9,10 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from configs import ROOT
+from sample import sample
 from sample.similarity import PSNR_LIMIT, frame_psnr, psnr, ssim
+from tools import calibrate, evaluate, fidelity, sweep
 
 
 def clips(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -43,3 +49,48 @@ def test_psnr_is_scikit_images():
     assert frame_psnr(a, b) == pytest.approx(np.mean(each), rel=1e-5)
     assert frame_psnr(a, b) > psnr(a, b) + 1
     assert psnr(a, a) == frame_psnr(a, a) == PSNR_LIMIT
+
+
+SMALL = ["num_clips=4", "num_sampling_steps=4"]
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "file", "notes"),
+    [
+        (sample, ["--compare", "--cache", "N2"], None, ["3 of 3 reference clips are", "3 cached clips are those of"]),
+        (fidelity, ["--cache", "N2", *SMALL, "controls=False"], "fidelity.md", ["4 of 4 reference", "4 cached clips"]),
+        (sweep, ["--cache", "N2", *SMALL, "reference=ddim-5"], "sweep.md", ["8 of 8 reference", "4 cached clips"]),
+        (calibrate, ["budget=0.5", "num_calibration=2", "num_clips=2", "num_climbs=0"], "calibrate.md", ["4 of 4 ref"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_comparison_with_clips_of_one_color_says_so(
+    flat, tmp_path, monkeypatch, capsys, program, options, file, notes
+):
+    """It compares on: an equal clip without motion has no error of motion."""
+    output = "save_video_path" if program is sample else "output"
+    monkeypatch.setattr(sys, "argv", ["program", "--config", str(flat), *options, f"{output}={tmp_path}/out"])
+    program.main()
+    text = capsys.readouterr().out
+    assert all(note in text for note in notes) and "nearly of one color, so metrics of their pixels say nothing" in text
+    if file:
+        assert notes[0] in (tmp_path / "out" / file).read_text()
+    if program is fidelity:
+        row = json.loads((tmp_path / "out/fidelity.json").read_text())["rows"][1]
+        assert row["flat"] == [True] * 4 and row["twin"]["motion_error"]["mean"] == 0
+
+
+def test_an_evaluation_counts_clips_of_one_color(flat, tmp_path, monkeypatch, capsys):
+    argv = [
+        f"generate={flat}",
+        "num_fake=3",
+        "metrics=flickering,proxy",
+        f"output={tmp_path}/out.json",
+        "num_workers=0",
+    ]
+    argv += [f"real_path={ROOT}/datasets/demo/test", "real_stride=1", "num_real=2", "image_size=32", "num_frames=4"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv, "feature_path="])
+    evaluate.main()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["real"]["flat"], record["fake"]["flat"]) == (0, 3)
+    assert "fake: 3 of 3 clips are nearly of one color; the model may be untrained" in capsys.readouterr().out

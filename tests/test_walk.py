@@ -109,7 +109,7 @@ def test_an_untrained_model_is_doubted_not_praised(tiny, tmp_path, monkeypatch, 
     call(monkeypatch, train, f"{command} max_train_steps=1 learning_rate=1e-9")
     (ckpt,) = Path("results").glob("*/checkpoints/0000001.pt")
     call(monkeypatch, sample, f"--ckpt {ckpt} --compare --cache N2 {SAMPLER} weights={weights} save_video_path=videos")
-    note = "2 cached clips are those of the uncached run to 80 dB, so PSNR and SSIM say nothing of the cache"
+    note = "2 cached clips are those of the uncached run to 80 dB, so metrics of their pixels say nothing of a"
     assert f"note: {note}" in capsys.readouterr().out
     assert json.loads(Path("videos/sample.json").read_text())["notes"][-1].startswith(note)
     call(monkeypatch, report, "videos")

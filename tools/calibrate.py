@@ -52,6 +52,7 @@ from sample.folder import clip_settings, make_record
 from sample.pipeline import Pipeline, load, resolve
 from sample.plans import UNCACHED, describe_run, make_plan
 from sample.recipes import fingerprint, save_recipe
+from sample.similarity import doubts
 from tools.metrics.statistics import interval_text
 from tools.recipes.calibration import Calibration, percent
 from tools.recipes.candidates import SOLVERS, to_recipe
@@ -95,6 +96,10 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
         f"Seconds: sampling alone, medians over batches; the samplers took turns. On "
         f"{describe_machine(calibration.pipe.device)}.",
     ]
+    flat: dict[int, bool] = {}  # reference clips that show nothing, by seed
+    for line in calibration.results.lines:
+        flat |= dict(zip(line["seeds"], line.get("flat", ()), strict=False))
+    notes += [f"**{doubt}.**" for doubt in doubts(flat.values())]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 

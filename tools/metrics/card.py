@@ -10,6 +10,7 @@ from configs.files import write_text
 from configs.tables import csv_table, markdown_table
 from datasets.clips import summary
 from models.macs import readable
+from sample.similarity import UNTRAINED
 from tools.metrics.options import DETECTORS, KINDS
 from tools.metrics.protocols import describe_protocol, why_not
 from tools.metrics.scores import NEAR
@@ -47,10 +48,13 @@ def find_caveats(record: Record) -> list[str]:
         lines.append(f"{clips} fake clips, num_fake={settings['num_fake']}: compare with as many only")
     real = record["real"] or {}
     for key, found in (("real", real), ("real, all frames", real.get("all_frames", {})), ("fake", record["fake"])):
-        row = {"too_short": 0, "short": [], "broken": []} | found
+        row = {"too_short": 0, "short": [], "flat": 0, "broken": []} | found
         if row["too_short"]:
             names = f": {summary(row['short'])}" * bool(row["short"])
             lines.append(f"{key}: {row['too_short']} videos with too few frames for this stride were dropped{names}")
+        if row["flat"]:
+            hint = f"; {UNTRAINED}" if key == "fake" else ""
+            lines.append(f"{key}: {row['flat']} of {row['clips']} clips are nearly of one color{hint}")
         if row["broken"]:
             lines.append(f"{key}: {len(row['broken'])} broken videos were passed over: {summary(row['broken'])}")
     for name, found in record["detectors"].items():

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from sample.options import file_checks
 from sample.pipeline import load, resolve, sample_latents, shortened, with_options
 from sample.plans import UNCACHED, Plan, describe_plan, describe_run, make_plan, parse_plan, plan_name
 from sample.recipes import check_recipe, load_recipe
+from sample.similarity import doubts, is_flat
 from tools.metrics.clips import VideoFiles
 from tools.metrics.detectors import find_detector, load_output
 from tools.metrics.features import Features, extract
@@ -116,6 +118,7 @@ class Measured:
 
     seconds: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # of a batch, by machine and seeds
     features: dict[int, list[float]] = field(default_factory=dict)  # (D,) by seed
+    flat: dict[int, bool] = field(default_factory=dict)  # by seed; empty if measured before there was `is_flat`
     pairs: dict[str, dict[int, dict[str, float]]] = field(default_factory=lambda: defaultdict(dict))  # other, seed
 
 
@@ -254,7 +257,7 @@ def measure(cfg: MeasureConfig, tasks: list[Task], work: list[tuple[list[int], l
                     pairs[other.name] = compare(latents, videos, *decoded[other], lpips, cfg.fidelity)
                 line = {"cell": task.cell.name, "seeds": seeds, "seconds": seconds, "machine": machine, "pairs": pairs}
                 pixels = torch.from_numpy(to_uint8(videos)).movedim(-1, -3)  # (B, F, 3, H, W)
-                line["features"] = proxy(pixels)[:, 0].tolist()
+                line |= {"features": proxy(pixels)[:, 0].tolist(), "flat": [*map(is_flat, videos)]}
                 with (Path(cfg.output, "clips") / f"{env.rank}.jsonl").open("a") as file:
                     file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -288,6 +291,7 @@ def read_lines(folder: Path) -> dict[str, Measured]:
         for line in map(json.loads, file.read_text().splitlines()):
             own = measured[line["cell"]]
             own.seconds[line["machine"], tuple(line["seeds"])] = line["seconds"]
+            own.flat |= dict(zip(line["seeds"], line.get("flat", ()), strict=False))
             for i, seed in enumerate(line["seeds"]):
                 own.features[seed] = line["features"][i]
                 for other, metrics in line["pairs"].items():
@@ -365,6 +369,7 @@ def summarize(
             "proxy_real_interval": to_real.get("interval"),
             "proxy_real_change": None,  # against the twins
             "diversity": None if real is None else neighbourhoods(real[:, 0], features[cell]),  # by the proxy's
+            "flat": [own.flat.get(seed, False) for seed in seeds],  # nearly of one color
             "control": None,  # name of the best control against the twins
         }
         if real is not None and "twin" in pairs:
@@ -442,7 +447,7 @@ def by_class_table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     return markdown_table([{title: n} | {run: plus_minus(own[n], digits) for run, own in runs.items()} for n in names])
 
 
-def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]], real: dict[str, Any] | None) -> str:
+def notes(cfg: MeasureConfig, tasks: list[Task], rows: Sequence[dict[str, Any]], real: dict[str, Any] | None) -> str:
     """A Markdown list that says how to read the numbers."""
     seeds, (weights, url) = seeds_of(cfg), lpips_weights()
     machines: dict[str, list[str]] = defaultdict(list)
@@ -454,6 +459,7 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
         about_real = f"Real: to {real['clips']} clips of {real['videos']} videos in {real['path']}, stride "
         about_real += f"{real['stride']}" + f", {real['too_short']} too short" * bool(real["too_short"])
         about_real += f", broken: {summary(real['broken'])}" if real["broken"] else ""
+        about_real += f", {real['flat']} nearly of one color" if real["flat"] else ""
         about_real += "; precision, recall, density and coverage are of the same features (arXiv:2002.09797)"
         about_real += (
             "; in brackets, the 95 % interval over sampled clips (jackknife). Minus uncached: "
@@ -479,6 +485,10 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Iterable[dict[str, Any]],
             "A sampler that draws noise at every step draws other noise in other steps. Its clips pair only with its "
             "own twins; against others they have no metrics. Proxy distances compare sets that share no noise."
         )
+    twins = {cell.name for cell in twins_of(tasks, cfg)}
+    flat = [each for row in rows if row["name"] in twins for each in row["flat"]]
+    cached = [row["twin"]["psnr"]["each"] for row in rows if row["cached_steps"] and row["twin"]]
+    lines += [f"**{doubt}.**" for doubt in doubts(flat, chain(*cached))]
     if not weights.is_file():
         lines.append(f"LPIPS is left out: it needs AlexNet's weights, {url}, as {weights}.")
     return "\n".join(f"- {line}" for line in lines)

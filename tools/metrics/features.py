@@ -19,6 +19,7 @@ from configs.files import atomic_path
 from datasets.clips import ShortClip, summary
 from datasets.readers import BadClip
 from sample.distributed import Environment
+from sample.similarity import is_flat
 from tools.metrics.clips import SampledClips, VideoFiles
 from tools.metrics.detectors import DetectorFile
 from tools.metrics.options import DETECTOR_OF, OUTPUTS, ClipOptions, EvaluateConfig
@@ -51,6 +52,7 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
     """
     rows: list[dict[str, Tensor]] = []  # by batch: output -> (B, n, D)
     failed: list[BadClip] = []
+    flat = 0  # clips nearly of one color
     shown: list[Tensor] = []
     clips, seen = 0, 0
     while clips < source.wanted and seen < len(source):  # again: other clips replace those that failed
@@ -63,10 +65,12 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
             usable = [clip for clip in read if isinstance(clip, Tensor)]
             shown += usable[: SHOWN - len(shown)]
             outputs = {name: network(torch.stack(usable)).cpu() for name, network in networks.items() if usable}
-            found.append((batch.start, outputs, [clip for clip in read if isinstance(clip, BadClip)]))
-        for _, outputs, bad in sorted(env.gather(found), key=lambda batch: batch[0]):
+            bad = [clip for clip in read if isinstance(clip, BadClip)]
+            found.append((batch.start, outputs, bad, sum(map(is_flat, usable))))
+        for _, outputs, bad, plain in sorted(env.gather(found), key=lambda batch: batch[0]):
             rows += [outputs] if outputs else []
             failed += bad
+            flat += plain
         seen = indices.stop
         clips = seen - len(failed)
 
@@ -76,7 +80,7 @@ def extract(source: VideoFiles | SampledClips, networks: Networks, cfg: ClipOpti
     if clips < 2:
         hint = f" ({short[0]}: num_frames x stride)" if short else ""
         raise UserError(f"{source.key}: {clips} clips where two are needed: {len(short)} videos are too short{hint}")
-    report = {"read": seen, "clips": clips, "too_short": len(short), "short": short, "broken": broken}
+    report = {"read": seen, "clips": clips, "too_short": len(short), "short": short, "flat": flat, "broken": broken}
     return Features({name: torch.cat([batch[name] for batch in rows]) for name in networks}, report, shown)
 
 

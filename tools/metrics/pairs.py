@@ -124,5 +124,5 @@ def distance_to_others(features: Tensor, twins: Tensor) -> float:
 
 
 def _relative_error(a: Tensor, b: Tensor) -> list[float]:
-    """|a - b|_1 / |b|_1 of each row of a and b (B, ...)."""
-    return ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist()
+    """|a - b|_1 / |b|_1 of each row of a and b (B, ...); 0 where both are 0."""
+    return ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1).clamp(min=1e-8)).tolist()

@@ -21,7 +21,7 @@ from sample.folder import labels_of
 from sample.pipeline import Pipeline, sample_latents
 from sample.plans import UNCACHED, Plan, count_macs, make_plan
 from sample.recipes import FITTED, Recipe, Step
-from sample.similarity import psnr
+from sample.similarity import is_flat, psnr
 from tools.metrics.statistics import geometric_mean, ratio_interval
 from tools.recipes.search import relative_l2
 
@@ -160,6 +160,7 @@ def measure(
         "l2": relative_l2(a, b).tolist(),
         "l1": ((a - b).abs().flatten(1).sum(1) / b.abs().flatten(1).sum(1)).tolist(),
         "psnr": [psnr(x, y) for x, y in zip(videos, reference_videos, strict=True)],
+        "flat": [*map(is_flat, reference_videos)],
     }
 
 
