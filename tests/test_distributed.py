@@ -33,7 +33,7 @@ cli.run(main)
 def launch(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
     """Runs `body` in two processes on the CPU."""
     (tmp_path / "program.py").write_text(PROGRAM.replace("BODY", body))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [sys.executable, ROOT / "sample/scripts/torchrun.py", "--standalone", "--nproc_per_node=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*torchrun, str(tmp_path / "program.py")], env=env, capture_output=True, text=True, timeout=120
@@ -59,12 +59,19 @@ def test_alone_there_is_no_process_group():
 def test_a_process_that_dies_does_not_hang_the_others(tmp_path):
     """Rank 1 fails while rank 0 waits for it: the program ends, long before the group's time-out, and says why."""
     result = launch(tmp_path, "env.rank and cli.sys.exit('rank 1 died'); env.barrier()")
-    assert result.returncode == 1 and "rank 1 died" in result.stderr
+    assert result.returncode == 1 and "rank 1 died" in result.stderr and "ChildFailedError" in result.stderr
 
 
-def test_a_user_error_of_every_process_is_said_once(tmp_path):
-    result = launch(tmp_path, "cli.PATIENCE = 60; raise UserError('no such file')")
-    assert result.returncode == 1 and result.stderr.count("error: no such file") == 1, result.stderr
+@pytest.mark.parametrize(
+    ("mistake", "code", "line"),
+    [("raise UserError('no such file')", 2, "error: no such file"), ("raise KeyboardInterrupt", 130, "interrupted")],
+)
+def test_what_every_process_says_of_its_end_is_said_once_and_last(tmp_path, mistake, code, line):
+    """No traceback of torchrun hides it."""
+    result = launch(tmp_path, f"cli.PATIENCE = 60; {mistake}")
+    lines = result.stderr.splitlines()
+    assert result.returncode == code and lines[-1] == line and lines.count(line) == 1, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch):

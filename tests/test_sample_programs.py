@@ -334,15 +334,16 @@ def test_a_dying_process_does_not_hang_the_others(tiny, tmp_path, monkeypatch):
 def test_scripts_run_sample_ddp(script, tmp_path, monkeypatch, capsys):
     """Each starts torchrun, from any directory, with its YAML file and what follows the script's name.
 
-    A stand-in for torchrun writes down the program's command line, which is then run here: twelve starts of Python
+    A stand-in for Python writes down the program's command line, which is then run here: twelve starts of Python
     and torch would take minutes. The next test goes through the real one.
     """
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > command\n')
-    torchrun.chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > command\n')
+    python.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "3"}
     subprocess.run([script, "num_fvd_samples=16"], cwd=tmp_path, env=env, check=True)
-    standalone, nproc, program, *argv = (tmp_path / "command").read_text().splitlines()
+    torchrun, standalone, nproc, program, *argv = (tmp_path / "command").read_text().splitlines()
+    assert Path(torchrun).samefile(ROOT / "sample/scripts/torchrun.py")
     assert (standalone, nproc) == ("--standalone", "--nproc_per_node=3")
     assert Path(program).samefile(sample_ddp.__file__)
 

@@ -7,5 +7,5 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 nproc="${NPROC:-$(python3 -c 'import torch; print(torch.cuda.device_count() or 1)')}"
 for option in "$@"; do [[ $option == --dry-run ]] && nproc=1; done
 program=("$root/sample/sample_ddp.py" --config "$root/configs/$1" "${@:2}")
-[[ $nproc == 1 ]] && exec python3 "${program[@]}" # without torchrun, which adds a traceback to an error
-exec torchrun --standalone --nproc_per_node="$nproc" "${program[@]}"
+[[ $nproc == 1 ]] && exec python3 "${program[@]}"
+exec python3 "$root/sample/scripts/torchrun.py" --standalone --nproc_per_node="$nproc" "${program[@]}"
