@@ -17,7 +17,16 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from datasets.video_index import LONG, BadClip, VideoIndex, decode_in_order, find_index, kept_index
+from datasets.video_index import (
+    LONG,
+    BadClip,
+    VideoIndex,
+    check_aspect,
+    decode_in_order,
+    find_index,
+    kept_index,
+    set_up_decoder,
+)
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"}
 READERS = ("pyav", "decord")  # see `read_video`
@@ -189,6 +198,8 @@ def _why_not_decord(container: av.container.InputContainer, index: VideoIndex) -
         return "no first frame"
     if display_matrix(frame) is not None:
         return "turned"
+    if frame.planes[0].buffer_ptr % 64:  # decord rounds the crop
+        return "cropped on the left"
     return "" if frame.format.name in EIGHT_BIT else frame.format.name
 
 
@@ -296,7 +307,8 @@ def _decode(
     waiting = set(clip.rows)  # frames whose packet has not been read yet
     stream = container.streams[index.stream]
     codec = stream.codec_context
-    codec.thread_count = 1  # the loader's workers run in parallel already
+    set_up_decoder(stream)
+    aspect = codec.sample_aspect_ratio
     for packet in container.demux(stream):
         time, frames = getattr(packet, index.clock), []
         is_needed = needed is None or time in needed
@@ -304,6 +316,7 @@ def _decode(
             if codec.name == "h264":  # decode an unwanted frame only if others refer to it
                 codec.skip_frame = "DEFAULT" if time in waiting else "NONREF"
             frames = codec.decode(packet)
+            check_aspect(stream, aspect)
         waiting.discard(time)
         if not waiting or not is_needed:  # the decoder can return the frames it holds: flush it
             held = codec.decode(None)

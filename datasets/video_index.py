@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.stream import Disposition
 
 from configs.files import atomic_path
@@ -72,7 +73,7 @@ class VideoIndex:
 
         Each is the first frame that is shown at its time or later. A slower video repeats frames.
         """
-        if not fps or not len(self):
+        if not fps:
             return np.arange(len(self))
         ticks = ((self.shown_at - self.shown_at[0]) * float(self.time_base) + CLOCK_ERROR) * fps  # (N,)
         return np.searchsorted(ticks, np.arange(int(ticks[-1]) + 1))
@@ -94,7 +95,7 @@ def find_index(container: av.container.InputContainer, folder: str | None = None
         folder: where indices of long videos are kept for other processes; empty: nowhere.
 
     Raises:
-        BadClip: the file has no video stream, or FFmpeg does not know the codec.
+        BadClip: the file has no video stream or no frames, or FFmpeg does not know the codec.
         av.FFmpegError: the file does not decode.
     """
     key = _key(container.name)
@@ -106,6 +107,8 @@ def find_index(container: av.container.InputContainer, folder: str | None = None
             index = _make_index(container)
             if file and len(index) >= LONG:
                 _save(index, file)
+    if not len(index):
+        raise BadClip("has no frames")
     _kept[key] = index  # the newest is the last
     while sum(map(len, _kept.values())) > MAX_KEPT and len(_kept) > 1:
         del _kept[next(iter(_kept))]
@@ -273,6 +276,18 @@ def _needs_counting(container: av.container.InputContainer, stream: av.VideoStre
     return False
 
 
+def set_up_decoder(stream: av.VideoStream) -> None:
+    """Sets a decoder up before its first packet."""
+    stream.codec_context.thread_count = 1  # the processes that read are the parallelism
+    stream.codec_context.flags |= Flags.unaligned  # otherwise a crop on the left is rounded
+
+
+def check_aspect(stream: av.VideoStream, aspect: Fraction | None) -> None:
+    """Raises BadClip if the pixels of a stream are no longer of the shape `aspect`, as those of some recordings."""
+    if (stream.codec_context.sample_aspect_ratio or 1) != (aspect or 1):
+        raise BadClip("the shape of its pixels changes")
+
+
 def decode_in_order(
     container: av.container.InputContainer, stream: int, skip_broken: bool = False
 ) -> Iterator[av.VideoFrame]:
@@ -281,12 +296,17 @@ def decode_in_order(
     Args:
         skip_broken: whether a packet that does not decode is left out, as the ffmpeg command line does; otherwise it
             raises av.FFmpegError.
+
+    Raises:
+        BadClip: the shape of its pixels changes.
     """
     video = container.streams[stream]
-    video.codec_context.thread_count = 1  # the processes that read are the parallelism
+    set_up_decoder(video)
+    aspect = video.codec_context.sample_aspect_ratio
     for packet in container.demux(video):
         try:
             yield from packet.decode()
+            check_aspect(video, aspect)
         except av.InvalidDataError:
             if not skip_broken:
                 raise

@@ -3,6 +3,7 @@
 Both readers, the data set, the converter to frames and the encoder of latents are held to the same table.
 """
 
+import struct
 import subprocess
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 from configs import TrainConfig, UserError
 from datasets import ClipSampler, get_dataset, load_batches, video_index
-from datasets.readers import BadClip, read_frame_folder, read_image, read_video
+from datasets.readers import READERS, BadClip, read_frame_folder, read_image, read_video
 from datasets.transforms import square
 from tools import benchmark, convert_videos_to_frames, encode_latents
 from tools.benchmarks import reading
@@ -31,7 +32,10 @@ X264 = "-c:v libx264 -g 12 -crf 15 -pix_fmt yuv420p"
 COPY, B_FRAMES = "-c copy", f"{X264} -bf 2 -b_strategy 0"
 PALETTE = "-filter_complex split[a][b];[a]palettegen[p];[b][p]paletteuse"
 OPEN_HEVC = "-c:v libx265 -pix_fmt yuv420p -x265-params log-level=none:open-gop=1:keyint=12:min-keyint=12:scenecut=0"
+RGBA = f"-f rawvideo -pix_fmt rgba -s {WIDTH}x{HEIGHT} -r 12 -i rgba.raw"
 ALL = (NUM, HEIGHT, WIDTH), (0, NUM - 1)  # all frames, whole
+
+MPEG2 = (2 * NUM, HEIGHT, WIDTH), (0, NUM - 1)  # at twice the rate
 
 # name -> the fault; the input and the options that make it; frames, height and width; numbers of the first and the last
 FILES = {
@@ -89,6 +93,32 @@ FILES = {
     "high.mkv": ("pixels of 8:9", f"-i in.mp4 {X264} -vf setsar=8/9", (48, 64, 85), None),
     "almost.avi": ("pixels of 427:426", "-i in.mp4 -c:v mpeg4 -q:v 2 -vf setsar=427/426", (48, 64, 96), None),
     "garbage.avi": ("pixels of 100:1", "-i in.mp4 -c:v mpeg4 -vf setsar=100", "its pixels are 100 times as wide", None),
+    "paff.mp4": ("interlaced, B-frames", f"-i in.mp4 {B_FRAMES} -flags +ilme+ildct -x264-params tff=1", *ALL),
+    "mpeg2.mpg": ("interlaced MPEG-2", "-i in.mp4 -c:v mpeg2video -flags +ilme+ildct -q:v 2 -bf 2 -r 24", *MPEG2),
+    "empty.mp4": ("an edit list that starts with nothing", None, *ALL),
+    "skips.mp4": ("an edit list that skips the start", None, (24, 64, 96), (18, 41)),
+    "twice.mp4": ("an edit list with a repeated part", None, (24, 64, 96), (15, 26)),
+    "back.mp4": ("an edit list that goes back", None, (24, 64, 96), (24, 11)),
+    "behind.mp4": ("an edit list without frames", None, "has no frames", None),
+    "negative.mp4": (
+        "times below 0", f"-i b.mp4 {COPY} -output_ts_offset -1 -avoid_negative_ts disabled -use_editlist 0", *ALL,
+    ),
+    "open.mp4": (
+        "open groups of pictures", f"-i in.mp4 {B_FRAMES} -x264-params open-gop=1:keyint=12:min-keyint=12:scenecut=0",
+        *ALL,
+    ),
+    "open.mkv": ("open groups of pictures", f"-i in.mp4 {OPEN_HEVC}", *ALL),
+    "slow.mkv": ("frames of up to 7 s", f"-i in.mp4 {B_FRAMES} -vf setpts=N*N*N/960/TB -fps_mode passthrough", *ALL),
+    "lies.mp4": ("its header says 1 ms", None, *ALL),
+    "alpha.mov": ("ProRes 4444 with alpha", f"{RGBA} -c:v prores_ks -profile:v 4444 -pix_fmt yuva444p10le", *ALL),
+    "alpha.webm": ("VP9 with alpha", f"{RGBA} -c:v libvpx-vp9 -pix_fmt yuva420p -crf 10 -b:v 0", *ALL),
+    "alpha.gif": ("GIF with holes", f"{RGBA} {PALETTE}", (48, 64, 96), None),
+    "gbr.mp4": ("RGB", "-i in.mp4 -c:v libx264rgb -crf 10", *ALL),
+    "gray.mkv": ("grey of limited range", "-i in.mp4 -c:v libx264 -vf scale=out_range=tv,format=gray -crf 10", *ALL),
+    "crop.mp4": (
+        "cropped on the left", f"-i in.mp4 {COPY} -bsf:v h264_metadata=crop_left=8:crop_top=4", (48, 60, 88), None,
+    ),
+    "shape.ts": ("from square to wide pixels", None, "the shape of its pixels changes", None),
     "sound.mp4": ("no video", "-f lavfi -i sine=d=1", "no video stream", None),
     "cut_off.mp4": ("truncated", None, "does not decode", None),
 }  # fmt: skip
@@ -115,6 +145,20 @@ def number(frame: np.ndarray) -> int:
     return sum(int(bar.mean() > 125) << i for i, bar in enumerate(bars))
 
 
+def with_edits(data: bytes, *edits: tuple[int, int]) -> bytes:
+    """An .mp4 of ffmpeg's with another edit list: parts of so many ms, which start at a frame (-1: show nothing)."""
+    moov = data.rindex(b"moov") - 4
+    trak, edts = (data.index(name, moov) - 4 for name in (b"trak", b"edts"))
+    (size,) = struct.unpack_from(">I", data, edts)
+    entries = [struct.pack(">IiI", length, 1024 * frame if frame >= 0 else -1, 1 << 16) for length, frame in edits]
+    new = struct.pack(">I4sI4sII", 24 + 12 * len(edits), b"edts", 16 + 12 * len(edits), b"elst", 0, len(edits))
+    new += b"".join(entries)
+    edited = bytearray(data[:edts] + new + data[edts + size :])
+    for at in (moov, trak):
+        struct.pack_into(">I", edited, at, struct.unpack_from(">I", data, at)[0] + len(new) - size)
+    return bytes(edited)
+
+
 def after_third(data: bytes) -> bytes:
     return data[len(data) // 188 // 3 * 188 :]  # whole packets of MPEG-TS
 
@@ -138,6 +182,9 @@ def files(tmp_path_factory) -> Path:
     encode("b.avi", "-c:v mpeg4 -bf 2 -g 12 -q:v 2")
     encode("small.mp4", f"{X264} -s 48x32")
     encode("cover.png", "-frames:v 1")
+    half = np.where(np.arange(WIDTH) < 48, 255, 0).astype(np.uint8)
+    alpha = np.broadcast_to(half[:, None], (*frames.shape[:3], 1))
+    (root / "rgba.raw").write_bytes(np.concatenate([frames, alpha], 3).tobytes())
     forward, backward = encode("a.ts", B_FRAMES), encode("b.ts", B_FRAMES, frames[::-1])
     program = encode("a.mpg", "-vf setpts=N/24/TB -r 24 -frames:v 48 -c:v mpeg2video -bf 2 -q:v 2")
     (root / "all").mkdir()
@@ -145,6 +192,16 @@ def files(tmp_path_factory) -> Path:
         if options:
             ffmpeg(*options.split(), root / "all" / name, cwd=root)
     (root / "all" / "joined.ts").write_bytes(forward + backward)
+    for name, edits in {
+        "empty": [(1000, -1), (4000, 2)], "skips": [(2000, 20)], "twice": [(1000, 17), (1000, 17)],
+        "back": [(1000, 26), (1000, 2)], "behind": [(4000, 100)],
+    }.items():  # fmt: skip
+        (root / "all" / f"{name}.mp4").write_bytes(with_edits(b_frames, *edits))
+    lies = bytearray(b_frames)
+    for kind, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
+        struct.pack_into(">I", lies, lies.index(kind) + offset, 1)
+    (root / "all" / "lies.mp4").write_bytes(lies)
+    (root / "all" / "shape.ts").write_bytes(forward + encode("wide.ts", f"{B_FRAMES} -vf setsar=2"))
     (root / "all" / "joined.mpg").write_bytes(program * 2)
     (root / "all" / "all_sync.mp4").write_bytes((root / "in.mp4").read_bytes().replace(b"stss", b"free"))
     (root / "all" / "starts_late.ts").write_bytes(after_third(encode("hevc.ts", OPEN_HEVC)))
@@ -235,6 +292,35 @@ def test_the_encoder_of_latents_encodes_all_frames(files, right, tiny, tmp_path,
         with safe_open(path, framework="np") as file:
             found[path.name.removesuffix(".safetensors")] = file.get_slice("moments").get_shape()[0]
     assert found == {name: len(frames) for name, frames in right.items()}
+
+
+def test_a_size_that_changes_is_refused_where_a_clip_shows_it(files, tmp_path, monkeypatch, capsys):
+    """Clips before and after the change are whole. The converter refuses the video."""
+    (tmp_path / "videos").mkdir()
+    for name in ("in.mp4", "small.mp4"):
+        ffmpeg("-i", files.parent / name, "-c", "copy", tmp_path / f"{name}.ts")
+    sizes = tmp_path / "videos" / "sizes.ts"
+    sizes.write_bytes((tmp_path / "in.mp4.ts").read_bytes() + (tmp_path / "small.mp4.ts").read_bytes())
+    for reader in READERS:
+        for first, shape in ((0, (8, 3, 64, 96)), (50, (8, 3, 32, 48))):
+            clip = read_video(sizes, lambda total, first=first: range(first, first + 8), reader)
+            assert clip.shape == shape and number(clip[0].permute(1, 2, 0).numpy()) == first % NUM
+        with pytest.raises(BadClip, match=r"^its frames differ in size$"):
+            read_video(sizes, lambda total: range(44, 52), reader)
+    options = [f"data_path={tmp_path}/videos", f"frame_data_path={tmp_path}/frames", "max_bad_fraction=1"]
+    monkeypatch.setattr("sys.argv", ["convert_videos_to_frames.py", *options, "num_workers=0"])
+    convert_videos_to_frames.main()
+    out = capsys.readouterr().out
+    assert "its frames differ in size" in out and out.splitlines()[-1].endswith("1 skipped")
+
+
+def test_a_sound_file_with_a_cover_is_one_frame_as_in_ffmpeg(files, tmp_path):
+    """Too short for a clip."""
+    cover = ["-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v:0", "attached_pic"]
+    ffmpeg("-f", "lavfi", "-i", "sine=d=1", "-i", files.parent / "cover.png", *cover, tmp_path / "sound.mp4")
+    assert_same(read_video(tmp_path / "sound.mp4", range), shown_by_ffmpeg(tmp_path / "sound.mp4", HEIGHT, WIDTH))
+    with pytest.raises(UserError, match="1 frames, 8 needed"):
+        clips_of(tmp_path)[0]
 
 
 @pytest.mark.parametrize("name", ["bt709.mp4", "full.webm", "bt2020.mkv", "plain.mp4"])

@@ -138,10 +138,12 @@ def chosen_frames(video: Path, cfg: FrameOptions) -> Iterator[Image.Image]:
     chosen = index.at_rate(cfg.fps)[:: cfg.stride]
     times = np.bincount(chosen, minlength=len(index))  # more than once where the video is slower than fps
     with av.open(str(video)) as container:
-        count = 0
+        count, size = 0, None
         for frame in decode_in_order(container, index.stream, skip_broken=index.clock == "count"):
             if times[count]:
                 pixels = to_pixels(frame).copy()  # (H, W, 3)
+                if pixels.shape != (size := size or pixels.shape):
+                    raise BadClip("its frames differ in size")
                 if cfg.image_size:
                     pixels = square(torch.from_numpy(pixels).permute(2, 0, 1), cfg.image_size, flip=False)
                     pixels = pixels.permute(1, 2, 0).numpy()
