@@ -181,7 +181,9 @@ class CacheOptions:
         900, "steps with t >= start are full (t: original timestep, 0 ... 999; of a flow: 1000 s)", least=0
     )
     stop: int = option(50, "the cache is emptied after a step with t < stop", least=0)
-    depth: int = option(1, "outer layers at each end that run on every step", least=1)
+    depth: int = option(
+        1, "outer layers at each end that run on every step; 0: nothing runs, the last estimate of x_0 is held", least=0
+    )
     order: int = option(
         0, "order of the polynomial forecast of the deep feature; 0: reuse, as in the paper", least=0, most=3
     )

@@ -90,15 +90,20 @@ class Diffusion(Schedule):
                 return alpha * x - sigma * prediction
 
     def interpret(self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool) -> dict[str, Tensor]:
-        """Returns p(x_{t-1} | x_t), given a model's output.
-
-        The keys are "mean", "variance", "log_variance" and "pred_xstart" (the estimate of x_0), each shaped like x.
-        """
+        """Returns p(x_{t-1} | x_t), given a model's output; see `posterior`."""
         prediction, variance = self.split(output, x)
         c = self.at(t, x)
         x_start = self.x_start(prediction, x, c.alpha, c.sigma)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
+        return self.posterior(x_start, x, t, variance)
+
+    def posterior(self, x_start: Tensor, x: Tensor, t: Tensor, variance: Tensor | None) -> dict[str, Tensor]:
+        """Returns p(x_{t-1} | x_t), given an estimate of x_0 and, if it is learned, the variance as `split` returns it.
+
+        The keys are "mean", "variance", "log_variance" and "pred_xstart" (the estimate), each shaped like x.
+        """
+        c = self.at(t, x)
         if self.learn_sigma:  # the output interpolates between two bounds: Nichol & Dhariwal 2021, eq. 15
             log_variance = torch.lerp(c.posterior_log_variance, c.beta_log_variance, (variance + 1) / 2)
         else:

@@ -181,6 +181,7 @@ def sample_loop_progressive(
     generators: Sequence[torch.Generator] | None = None,
     *,
     method: str | Callable[..., Step],
+    held: Sequence[Sequence[float]] = (),
 ) -> Iterator[dict[str, Tensor]]:
     """Samples from noise to data; yields {"sample", "pred_xstart"} after each step, (B, ..., C, H, W) in fp32.
 
@@ -195,6 +196,9 @@ def sample_loop_progressive(
         eta: DDIM's randomness, 0 ... 1; the other samplers ignore it.
         generators: one per sample, on the sampling device, for every draw; None: the global generator.
         method: a key of SAMPLERS, or a function like its values, such as partial(linear_multistep, moves).
+        held: for each call of the model, weights of its last estimates of x_0, newest first. Their sum stands for the
+            call. Without weights the model is called, as it must be at first. Empty: it is called at every step. A
+            DDPM that holds x_0 draws the noise of all of its steps, so that its clips pair with those of the full run.
 
     Raises:
         UserError: `method` is unknown, `eta` is outside 0 ... 1, or `model` is a SkipCache of another number of steps.
@@ -210,13 +214,23 @@ def sample_loop_progressive(
     x = randn_per_sample(shape, generators, device) if noise is None else noise.to(device, torch.float32)
     step = sampler(diffusion, partial(randn_per_sample, x.shape, generators, x.device), x.device, eta)
     diffusion.tables(x.device)  # copied now, not in the loop
-    for i in tqdm(
-        calls,
-        desc=method if isinstance(method, str) else "sampling",
-        disable=not progress,
-    ):
+    held = held or [()] * len(calls)
+    estimates: deque[Tensor] = deque(maxlen=max(map(len, held)) or 1)  # of x_0 by the model, newest first
+    outputs: deque[Tensor] = deque(maxlen=1)  # the model's last one
+
+    def remember(*args: Any, **kwargs: Any) -> Tensor:
+        outputs.append(model(*args, **kwargs).float())
+        return outputs[0]
+
+    bar = tqdm(calls, desc=method if isinstance(method, str) else "sampling", disable=not progress)
+    for i, weights in zip(bar, held, strict=True):
         t = torch.full((len(x),), i, device=x.device)  # (B,)
-        p = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
+        if weights:
+            x_start = sum(weight * each for weight, each in zip(weights, estimates, strict=False))
+            p = diffusion.posterior(x_start, x, t, diffusion.split(outputs[0], x)[1])
+        else:
+            p = diffusion.p_mean_variance(remember, x, t, clip_denoised, model_kwargs)
+            estimates.appendleft(p["pred_xstart"])
         x = step(x, t, p)
         yield {"sample": x, "pred_xstart": p["pred_xstart"]}
 

@@ -54,6 +54,7 @@ def step_macs(options: ModelOptions, depth: int = 1, stills: int = 0) -> StepMac
     """Returns the MACs of a full step, and of a cached step with `depth` outer layers, of the model of `options`.
 
     Args:
+        depth: 0: nothing runs on a cached step.
         stills: still images of a clip, in training: temporal blocks pass them by, and each has a label of its own.
     """
     dimensions = model_dimensions(options)
@@ -67,7 +68,7 @@ def step_macs(options: ModelOptions, depth: int = 1, stills: int = 0) -> StepMac
     ends = frames * T * (P + outputs) * D + NUM_FREQUENCIES * D + D * D + 2 * D * D * rows
     return StepMacs(
         full=ends + B // 2 * layer + num_skips * merge,
-        cached=ends + 2 * depth * layer + min(depth, num_skips) * merge,
+        cached=ends + 2 * depth * layer + min(depth, num_skips) * merge if depth else 0,
     )
 
 

@@ -232,6 +232,7 @@ def sample_latents(
         eta=cfg.eta,
         generators=generators,
         method=partial(linear_multistep, plan.moves) if plan.moves else plan.solver,
+        held=() if plan.cache.depth else plan.weights,
     ):
         latents = out["sample"]
         if on_step:
@@ -243,7 +244,7 @@ def sample_latents(
 def make_denoiser(pipe: Pipeline, plan: Plan) -> Guided:
     """Returns the guided model for one sampling run by `plan`, whose state it holds."""
     denoiser = pipe.uncached
-    if plan.cached_steps:
+    if plan.cached_steps and plan.cache.depth:
         denoiser = SkipCache(pipe.model, plan.full, plan.cache.depth, steps=pipe.steps, weights=plan.weights)
     return Guided(denoiser, pipe.cfg.cfg_scale, pipe.model.num_classes, plan.guided or repeat(True))
 

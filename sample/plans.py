@@ -34,6 +34,7 @@ class Plan:
     solver: str  # a sample_method, or recipes.FITTED
     timesteps: tuple[float, ...]  # original ones, from noise to clean
     weights: tuple[tuple[float, ...], ...]  # for each step: of the kept deep features, newest first; none: a full step
+    # With cache.depth 0 they are of the estimates of x_0, and nothing of the model runs at cached steps.
     # weights and `full` count a step for each call of the model, of which Heun's method makes two a timestep
     macs: int  # of all steps
     macs_uncached: int  # of the reference run; of a plan from options: if all steps were full
@@ -120,7 +121,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
     cache = cache or cfg.cache
     if cache.interval is None and cache.full_steps is None:
         cache = replace(cache, interval=parse_name(cfg.model).cache_interval)
-    if not cache.is_off:
+    if not cache.is_off and cache.depth:
         check_cache_depth(model_dimensions(cfg)["depth"] // 2, cache.depth)
     timesteps = make_diffusion(cfg, cfg.num_sampling_steps).timestep_map[::-1]
     calls = evaluations(cfg.sample_method, timesteps)
@@ -142,7 +143,7 @@ def make_plan(cfg: SampleConfig, cache: CacheOptions | None = None) -> Plan:
 def recipe_plan(recipe: Recipe, cfg: SampleConfig) -> Plan:
     """Returns the plan of a recipe for the model and guidance of `cfg`."""
     full = sum(not step.feature for step in recipe.steps)
-    if full < len(recipe.steps):
+    if full < len(recipe.steps) and recipe.depth:
         check_cache_depth(model_dimensions(cfg)["depth"] // 2, recipe.depth)
     return Plan(
         name=recipe.name,

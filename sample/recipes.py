@@ -31,6 +31,7 @@ class Step:
 
     t: float  # the original timestep that the model sees; of a flow 1000 s
     feature: tuple[float, ...] = ()  # weights of the last full steps' deep features, newest first; none: a full step
+    # with depth 0, of their estimates of x_0
     move: tuple[float, ...] = ()  # of the fitted solver; none: another solver moves
     guided: bool = True  # False: the model runs with its labels alone
 
@@ -41,7 +42,7 @@ class Recipe:
 
     name: str
     solver: str  # FITTED, or a sample_method
-    depth: int  # outer layers at each end that run on cached steps
+    depth: int  # outer layers at each end that run on cached steps; 0: none
     steps: tuple[Step, ...]  # from noise to clean
     reference: dict[str, Any]  # SamplerOptions of the run whose cost is 1
     made_for: dict[str, Any]  # see `fingerprint`

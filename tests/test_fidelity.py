@@ -353,14 +353,14 @@ def test_controls_cost_what_a_plan_of_heun_costs(tiny, tmp_path, monkeypatch, ca
     assert 6 < steps < 11 and {f"uncached, {s} {steps}" for s in ("ddim", "dpmsolver++", "unipc")} < macs.keys()
 
 
-def test_controls_of_a_sampler_that_draws_noise_do_not_pair(tiny, tmp_path, monkeypatch, capsys):
-    """DDPM: a plan has metrics against its twins, its control proxy distances only; the table says why."""
+def test_the_control_of_a_sampler_that_draws_noise_takes_all_of_its_steps(tiny, tmp_path, monkeypatch):
+    """DDPM draws other noise in fewer steps: its control holds x_0 at some of them, for no MACs, and pairs."""
     run(monkeypatch, tiny, tmp_path, "--cache", "N2", "sample_method=ddpm", "num_clips=6")
     uncached, n2, control = strict_json(tmp_path / "fidelity.json")["rows"]
-    assert n2["twin"]["psnr"]["mean"] > 5 and control["twin"] == {}
-    assert uncached["proxy_others"] > 0 and control["proxy_others"] > 0
-    assert read_markdown((tmp_path / "fidelity.md").read_text())[2]["relative L1"] == "–"
-    assert "draws other noise in other steps" in capsys.readouterr().out
+    assert control["run"] == "x_0 held, 4 evaluated" and (control["full_steps"], control["cached_steps"]) == (4, 2)
+    assert control["macs"] == uncached["macs"] * 4 // 6 <= n2["macs"]
+    assert n2["twin"]["psnr"]["mean"] > 5 and 0 < control["twin"]["relative_l1"]["mean"] < 2
+    assert n2["control"] == control["name"] and n2["twin_control"]["relative_l1"]["value"] > 0
 
 
 def test_dry_run_names_each_cost(tiny, tmp_path, monkeypatch, capsys):

@@ -22,14 +22,15 @@ from models.latte import Latte
 from models.skip_cache import full_step
 from sample import sample, sample_ddp
 from sample.distributed import Environment
+from sample.folder import labels_of
 from sample.options import DEMO
 from sample.pipeline import Pipeline, load, make_denoiser, resolve, sample_latents, with_options
-from sample.plans import Plan, count_macs, make_plan
+from sample.plans import Plan, count_macs, make_plan, parse_plan, recipe_plan
 from sample.recipes import FITTED, Recipe, Step, check_recipe, fingerprint, load_recipe, save_recipe
 from tools import calibrate, fidelity, report
 from tools.metrics.statistics import geometric_mean, ratio_interval
 from tools.recipes import calibration
-from tools.recipes.cached import FeatureChanges, gap_errors, measure_features
+from tools.recipes.cached import FeatureChanges, estimate_changes, gap_errors, measure_features
 from tools.recipes.candidates import build_plan, fitted_candidate, with_moves
 from tools.recipes.cost import disk_bytes, work
 from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
@@ -314,8 +315,6 @@ def make_recipe(cfg: SampleConfig, solver: str = "ddim", **changes) -> Recipe:
 @pytest.mark.parametrize("cache", ["uncached", "N2-o1"])
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver++", "unipc"])
 def test_a_recipe_made_from_options_is_the_run_of_these_options_bit_for_bit(pipe, tmp_path, solver, cache):
-    from sample.plans import parse_plan
-
     own = with_options(pipe, sample_method=solver, cache=parse_plan(cache))
     save_recipe(tmp_path / "mine.json", make_recipe(own.cfg, solver))
     by_recipe = with_options(pipe, recipe=str(tmp_path / "mine.json"))
@@ -448,6 +447,83 @@ def test_recipes_share_a_folder_by_their_names(tiny, pipe, tmp_path, monkeypatch
             run(monkeypatch, sample, *command, "--recipe", tmp_path / f"{name}.json", "--dry-run")
 
 
+# Holding x_0
+
+
+def test_ddim_that_holds_x0_is_ddim_in_fewer_steps(pipe):
+    """x_0 and eps stay the same where none is estimated anew; the run costs the steps that are evaluated."""
+    plan = make_plan(pipe.cfg, parse_plan("0,2,3-b0"))
+    assert plan.share == 3 / pipe.cfg.num_sampling_steps
+    fewer = [plan.timesteps[n] for n in (0, 2, 3)]
+    cost = build_plan(pipe.cfg, "fewer", "ddim", fewer, [True] * 3)
+    expected = sample_latents(pipe, [3, 4], [0, 1], cost)
+    torch.testing.assert_close(sample_latents(pipe, [3, 4], [0, 1], plan), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_ddpm_that_holds_x0_draws_the_noise_of_all_steps(learn_sigma):
+    """With a model that always predicts one x_0 and variance, it is the full run; with a forecast, too."""
+    diffusion = create_diffusion("10", learn_sigma=learn_sigma, prediction="x0")
+    output = torch.randn(2, 3, 4 * (1 + learn_sigma), 2, 2)
+
+    def sample(held):
+        calls, generators = [], [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+        def model(x, t):
+            calls.append(t[0].item())
+            return output
+
+        loop = diffusion.sample_loop(
+            model, (2, 3, 4, 2, 2), clip_denoised=False, generators=generators, method="ddpm", held=held
+        )
+        return loop, len(calls)
+
+    full, calls = sample(())
+    assert calls == 10
+    for weights in ([1.0], [2.0, -1.0]):
+        held, calls = sample([[], [], *[weights] * 5, [], weights, weights])
+        assert calls == 3
+        torch.testing.assert_close(held, full)
+
+
+def test_changes_of_x0_foretell_the_error_of_a_held_step(pipe, tmp_path):
+    """For one step of one clip it is the sensitivity times the distance of the estimates, from their products.
+
+    The first and the last step that can hold. In between, a learned variance is held, too, which moves the noise.
+    """
+    pipe = with_options(pipe, sample_method="ddpm")
+    record(pipe, tmp_path, [7], every_step=True)
+    changes, N = estimate_changes(pipe.diffusion, "ddpm", tmp_path, [7]), pipe.diffusion.num_timesteps
+    states = load_trajectories(tmp_path, [7]).states
+    gram = np.array(changes.gram)
+    for n in (1, N - 1):
+        held = [[1.0] if step == n else [] for step in range(N)]
+        generators = [torch.Generator().manual_seed(7)]
+        loop = pipe.diffusion.sample_loop_progressive(
+            make_denoiser(pipe, pipe.plan),
+            states[:, 0].shape,
+            clip_denoised=False,
+            model_kwargs={"y": torch.tensor(labels_of([7], pipe.cfg))},
+            generators=generators,
+            method="ddpm",
+            held=held,
+        )
+        reached = [out["sample"] for out in loop][n]
+        distance = math.sqrt(gram[n, n] - 2 * gram[n, n - 1] + gram[n - 1, n - 1])
+        measured = float(relative_l2(reached, states[:, n + 1]))
+        assert changes.sensitivity[n] * distance == pytest.approx(measured, rel=0.02)
+
+
+def test_a_recipe_holds_x0_as_the_option_does(pipe, tmp_path):
+    options = with_options(pipe, sample_method="ddpm", cache=parse_plan("0,2,4-b0-o1"))
+    recipe = make_recipe(options.cfg, "ddpm", name="held", depth=0)
+    save_recipe(tmp_path / "held.json", recipe)
+    assert recipe_plan(load_recipe(tmp_path / "held.json"), options.cfg).macs == options.plan.macs
+    ours = sample_latents(options, [5], [1])
+    assert torch.equal(sample_latents(options, [5], [1], tmp_path / "held.json"), ours)
+    assert not torch.equal(sample_latents(options, [5], [1], "uncached"), ours)
+
+
 # Calibration
 
 
@@ -490,6 +566,7 @@ def test_calibration_writes_recipes_that_run_and_goes_on_where_it_stopped(tiny, 
     ("option", "message"),
     [
         ("eta=0.5", "eta: 0.5 draws other noise in every sampler"),
+        ("cache.depth=0", "cache.depth: 0 leaves no layers to cached steps"),
         ("budgets=[0.1]", "budgets: 0.1 of 6 steps is less than two steps"),
         ("budgets=[1.5]", "budgets: 1.5 is more than 1"),
         ("budgets=[0.5,1]", "budgets: 1 pays for the options' own sampler; give shares below 1"),
@@ -504,7 +581,7 @@ def test_calibrations_that_make_no_sense_are_one_line(tiny, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("option", [["target=converged"], ["sample_method=ddpm"], ["sample_method=euler"]])
 def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
-    """A converged sample takes fewer of the target's own steps; a sampler that draws noise has cached plans alone."""
+    """A converged sample takes fewer of the target's own steps; a sampler that draws noise takes all of its own."""
     sizes = ["num_sampling_steps=12", "budgets=[0.7]", "num_calibration=2", "num_clips=2", "num_climbs=1"]
     run(monkeypatch, calibrate, "--config", tiny, f"output={tmp_path}", *sizes, *option)
     recipe = load_recipe(tmp_path / "recipe-70.json")
@@ -515,7 +592,9 @@ def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
         assert states.shape[1] == (101 if option == ["target=converged"] else 13)
         assert recipe.reference["sample_method"] == "ddim"
     else:
-        assert kinds == {"interval", "placed"} and recipe.solver == "ddpm" and len(recipe.steps) == 12
+        assert kinds == {"plain", "interval", "placed", "held"} and recipe.solver == "ddpm" and len(recipe.steps) == 12
+        held = next(row for row in recipe.table if row["kind"] == "held")
+        assert held["share"] == 8 / 12 and "8 of 12 evaluated" in held["sampler"]
         assert states.shape[1] == 13
     cfg = resolve(load_config(SampleConfig, tiny, [f"recipe={tmp_path}/recipe-70.json", *option[:0]]), CPU)
     assert sample_latents(load(cfg, CPU), [1], [1]).isfinite().all()
@@ -533,10 +612,8 @@ def test_a_psnr_is_reached_at_the_least_cost(tiny, tmp_path, monkeypatch, capsys
     cheaper = [p for name, p in psnr.items() if name.startswith(f"fitted, {len(recipe.steps) - 1} steps, g")]
     assert cheaper and max(cheaper) < 60
     drawn = [*sizes[:-1], f"output={tmp_path}/ddpm", "sample_method=ddpm", "num_sampling_steps=12", "min_psnr=20"]
-    run(monkeypatch, calibrate, "--config", tiny, *drawn)  # through budgets that pay for no cached plan
+    run(monkeypatch, calibrate, "--config", tiny, *drawn)
     assert next(row for row in load_recipe(tmp_path / "ddpm/recipe-20dB.json").table if row["chosen"])["psnr"] > 15
-    with pytest.raises(UserError, match=r"budgets: 0\.5 is too little for any cached plan of 12 steps"):
-        run(monkeypatch, calibrate, "--config", tiny, *drawn[:-1], "budget=0.5")
     with pytest.raises(UserError, match=r"min_psnr: 99 dB is out of reach; 5 of 6 steps' MACs give \d+\.\d dB"):
         run(monkeypatch, calibrate, "--config", tiny, *sizes, "min_psnr=99")
 

@@ -289,6 +289,7 @@ def test_lists_hold_none_for_nan():
         (["num_sampling_steps=5"], "num_sampling_steps: 5 is too few to look 5 steps back"),
         (["cache.start=0"], "runs all 6 steps in full"),
         (["cache.depth=3"], "cache.depth: 3 is outside 1 ... 2"),
+        (["cache.depth=0"], "cache.depth: 0 keeps no deep feature"),
         (["num_clips=0"], "num_clips: 0 is less than 1"),
         (["points=0"], "points: 0 is less than 1"),
         (["radius=0"], "radius: 0.0 is not above 0"),

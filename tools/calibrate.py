@@ -22,8 +22,10 @@ steps (target=converged). A budget is a share of the MACs of the options' own sa
   fitted+unguided  the same with the last steps unguided, where guidance is on
 The best two of the placed and fitted ones are then improved by hill climbing: a step moves by one, and stays there if
 the final error falls. All is chosen on calibration seeds. The report is on other, held-out seeds, with the ratio of
-errors, seed by seed, to the best plain solver. Where the sampler draws noise at every step (ddpm), no plain or fitted
-solver leads to the same clip: there the cached plans compete alone.
+errors, seed by seed, to the best plain solver. A sampler that draws noise at every step (ddpm) leads to the same clip
+only by all of its steps. There two kinds take the place of the plain and fitted solvers:
+  plain            the same noise; the model is evaluated at evenly spaced steps, and its estimate of x_0 is held
+  held             the same, but evaluated where dynamic programming puts it
 
 Writes to `output`: recipe-{percent}.json for each budget (sample.py, sample_ddp.py: --recipe), calibrate.md, and as it
 goes what was recorded, fitted and measured. The same command again does only what is missing.
@@ -91,8 +93,7 @@ def report(calibration: Calibration, tables: dict[float, list[dict]]) -> str:
         f"Held out: geometric mean over seeds {seeds[0]} to {seeds[-1]} ({len(seeds)}); the columns right of it are "
         "means over these seeds. Of each kind the best was measured there, and every plain solver.",
         "Ratio: geometric mean of the clips' own ratios of errors, with its 95 % interval (Student's t on logarithms). "
-        "The control is the best plain solver on these same seeds, or the best plan of the paper where no plain solver "
-        "leads to the same clip.",
+        "The control is the best plain solver on these same seeds.",
         f"Seconds: sampling alone, medians over batches; the samplers took turns. On "
         f"{describe_machine(calibration.pipe.device)}.",
     ]
@@ -127,6 +128,8 @@ def check(cfg: CalibrateConfig) -> None:
     N = cfg.num_sampling_steps
     if cfg.sample_method == "heun":
         raise UserError("sample_method: heun runs the model twice in a step; calibrate against another sampler")
+    if not cfg.cache.depth:
+        raise UserError("cache.depth: 0 leaves no layers to cached steps; plans that hold x_0 compete in any case")
     if cfg.eta:
         raise UserError(f"eta: {cfg.eta:g} draws other noise in every sampler; valid: 0")
     if fewest := [budget for budget in cfg.budgets if budget * N < 2]:

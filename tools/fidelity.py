@@ -10,15 +10,15 @@ A clip's twin has its seed and label and is sampled uncached. Clips are compared
 (tools/metrics/pairs.py): relative L1 of the latents, PSNR, SSIM, LPIPS if its weights are on the disk, and the error of
 motion, which is that of frame differences. fidelity=teacache adds PSNR, SSIM and LPIPS of mp4 files as means over
 frames, which is how papers on caches report them. Each plan has controls: DDIM, DPM-Solver++ and UniPC, uncached, with
-as many steps as the plan's MACs pay for. Table and record have the paired difference or ratio of each plan to the best
-of them, with intervals.
+as many steps as the plan's MACs pay for. They draw no noise after the first step, and lead a seed to nearly the same
+clip in fewer steps. A sampler that draws noise at every step (ddpm) draws other noise in fewer steps. Its control takes
+all steps with their noise, but evaluates the model at as many, evenly spaced ones, and holds the estimate of x_0
+between them (cache.depth=0). Table and record have the paired difference or ratio of each plan to the best control,
+with intervals.
 
-Some solvers draw no noise after the first step (ddim with eta=0, dpmsolver++, unipc). They lead a seed to nearly the
-same clip in fewer steps, so controls pair with the twins. Other solvers draw noise at every step (ddpm), and draw other
-noise in fewer steps. Their control is the same solver. It does not pair and has no metrics against the twins; it
-compares with the plans by proxy distances of sets that share no noise (Fréchet distance of
-tools/metrics/efficientnet.py, no FVD). One is the distance to the uncached clips of the other half of the seeds; its
-row "uncached" shows how far apart equal sets are. The other is the distance to the real clips in real_path.
+Sets of clips compare by proxy distances (Fréchet distance of tools/metrics/efficientnet.py, no FVD). One is the
+distance to the uncached clips of the other half of the seeds, which share no noise; its row "uncached" shows how far
+apart equal sets are. The other is the distance to the real clips in real_path.
 
 The program writes to `output`: fidelity.md, fidelity.json with the metrics of each clip, and clips/, which grows during
 the run (a line for each batch, and the twins' latents). The same command again measures only what is missing. Other
@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import UserError, cli, option
+from configs import CacheOptions, UserError, cli, option
 from sample.options import DEMO, add_cache_flag, load_sampling
 from tools.metrics.options import MeasureConfig
 
@@ -53,7 +53,7 @@ from sample.distributed import distributed
 from sample.pipeline import resolve
 from tools.metrics.cells import Cell, Task, by_class_table, columns, notes, planner, run_cells, write_record
 from tools.metrics.pairs import PAIR_METRICS
-from tools.recipes.candidates import ROUNDING, SOLVERS
+from tools.recipes.candidates import ROUNDING, SOLVERS, even_steps
 
 
 def main() -> None:
@@ -70,12 +70,17 @@ def main() -> None:
         solvers = (twin.method,) if twin.draws_noise(cfg.eta) else SOLVERS
         for cell in cells:
             runs[cell.plan] = cell
-            steps = {}
+            own = {}
             for solver in solvers if cfg.controls else ():
                 uncached = plan_of(replace(twin, method=solver))  # heun runs the model twice in a step, others once
-                steps[solver] = int(twin.steps * plan_of(cell).macs / uncached.macs + ROUNDING)
-            controls[cell] = tuple(Cell(solver, num, twin.guidance) for solver, num in steps.items() if num > 1)
-            runs |= {f"{each.method}, {each.steps} steps": each for each in controls[cell] if each != twin}
+                num = int(twin.steps * plan_of(cell).macs / uncached.macs + ROUNDING)
+                if 1 < num < twin.steps and twin.draws_noise(cfg.eta):
+                    held = CacheOptions(full_steps=even_steps(twin.steps, num), depth=0)
+                    own[f"x_0 held, {num} evaluated"] = twin.with_cache(held)
+                elif num > 1:
+                    own[f"{solver}, {num} steps"] = Cell(solver, num, twin.guidance)
+            controls[cell] = tuple(own.values())
+            runs |= {name: each for name, each in own.items() if each != twin}
         tasks = [Task(cell, twin, controls=controls.get(cell, ())) for cell in dict.fromkeys(runs.values())]
         rows, real = run_cells(cfg, tasks, plan_of, args.dry_run, env)
     if rows:

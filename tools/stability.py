@@ -99,6 +99,8 @@ def configure(
     if cfg.num_sampling_steps <= AGES:
         raise UserError(f"num_sampling_steps: {cfg.num_sampling_steps} is too few to look {AGES} steps back")
     cache = resolve(cfg, device).cache
+    if not cache.depth:
+        raise UserError("cache.depth: 0 keeps no deep feature to look at; give 1 or more")
     plan = make_plan(cfg, replace(cache, interval=INTERVAL) if cache.is_off else cache)
     if len(plan.full) > len(plan.timesteps):
         raise UserError(f"sample_method: {cfg.sample_method} runs the model twice in a step; choose one that does not")

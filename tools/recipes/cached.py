@@ -2,7 +2,8 @@
 
 A cached step at step n uses a forecast of the deep feature d_n from those of full steps before it. Products of features
 with each other give the error of every forecast, whichever steps run in full. How much an error of the feature moves
-the next state is measured on a few cached steps.
+the next state is measured on a few cached steps. Where x_0 is held, d_n is the estimate of x_0, and how much it moves
+the next state is known.
 Letters: B batch, N steps of the run, F frames, T tokens of a frame, D width, G the largest distance of full steps.
 """
 
@@ -11,17 +12,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion import Diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import SAMPLERS, randn_per_sample
 from models.skip_cache import cached_step, full_step, lagrange_weights
 from sample.pipeline import Pipeline
-from tools.recipes.search import x0_effect
-from tools.recipes.trajectories import labels_tensor
+from tools.recipes.search import x0_effect, x0_of_velocity
+from tools.recipes.trajectories import labels_tensor, load_trajectories
 
 AGES = (1, 2, 4)  # distances to a full step at which cached steps are run
 LARGEST_GAP = 12  # G
@@ -32,7 +35,7 @@ WINDOW = 2 * LARGEST_GAP  # features kept: a forecast of order 1 or 2 looks no f
 class FeatureChanges:
     """What `measure_features` finds, as lists for JSON."""
 
-    gram: list[list[float]]  # <d_n, d_m>, (N, N); 0 where |n - m| > WINDOW
+    gram: list[list[float]]  # <d_n, d_m>, (N, N); 0 where |n - m| > WINDOW, or of x_0 > LARGEST_GAP
     sensitivity: list[float]  # of the next state's relative error to |error of d_n|, (N,)
 
 
@@ -82,6 +85,22 @@ def measure_features(
     sensitivity = (known / 2).exp()
     gram = gram + gram.tril(-1).T
     return FeatureChanges(gram.tolist(), [float(sensitivity[0]), *sensitivity.tolist()])
+
+
+def estimate_changes(diffusion: Diffusion, method: str, folder: Path, seeds: Sequence[int]) -> FeatureChanges:
+    """The same of the estimates of x_0 in recorded runs of `method`."""
+    N = diffusion.num_timesteps
+    gram, size = torch.zeros(N, N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    t = torch.arange(N).flip(0)  # of each step
+    effect = x0_effect(diffusion, method, t, t).double()
+    for seed in seeds:
+        run = load_trajectories(folder, [seed])
+        x, v = run.states[0], run.velocities[0]  # (N + 1, F, C, h, w), (N, F, C, h, w)
+        estimates = x0_of_velocity(diffusion, x[:-1], v, t).flatten(1).double()
+        gram += estimates @ estimates.T
+        size += x[1:].double().square().flatten(1).sum(1)
+    gram = gram.triu(-LARGEST_GAP).tril(LARGEST_GAP)
+    return FeatureChanges(gram.tolist(), (effect.abs() / size.sqrt()).tolist())
 
 
 def gap_errors(changes: FeatureChanges, growth: np.ndarray, order: int) -> np.ndarray:

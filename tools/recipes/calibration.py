@@ -23,7 +23,7 @@ from configs.files import write_json
 from sample.distributed import Environment
 from sample.pipeline import Pipeline, with_options
 from sample.plans import UNCACHED, make_plan
-from tools.recipes.cached import FeatureChanges, gap_errors, measure_features
+from tools.recipes.cached import FeatureChanges, estimate_changes, gap_errors, measure_features
 from tools.recipes.candidates import (
     EXPONENTS,
     ORDERS,
@@ -32,6 +32,7 @@ from tools.recipes.candidates import (
     Candidate,
     Results,
     fitted_candidate,
+    held_candidate,
     interval_candidates,
     measure,
     num_placed,
@@ -210,6 +211,22 @@ class Calibration:
         self.measure_all(found, self.calibration, f"{percent(budget)} %, placed")
         return found
 
+    def held(self, budget: float) -> list[Candidate]:
+        """Plans that hold x_0 between placed evaluations, of a sampler that draws noise on its way.
+
+        Only by reuse: the estimates follow the noise of each step, and a forecast would carry it on.
+        """
+        num_steps = int(budget * self.cfg.num_sampling_steps + ROUNDING)
+        if self.cfg.sample_method in SOLVERS or num_steps < 2:
+            return []
+        changes = estimate_changes(self.pipe.diffusion, self.cfg.sample_method, self.trajectories, self.calibration)
+        found = []
+        for exponent in EXPONENTS:
+            steps = place_steps(gap_errors(changes, self.own_growth**exponent, 0), num_steps)
+            found.append(held_candidate(self.cfg, steps, f"growth^{exponent:g}"))
+        self.measure_all(found, self.calibration, f"{percent(budget)} %, held")
+        return found
+
     def fitted(self, budget: float) -> list[Candidate]:
         """The fitted solvers of a budget, of every kind."""
         cfg = self.cfg
@@ -258,17 +275,19 @@ class Calibration:
             steps[i] = step
         if fitted:
             moved = fitted_candidate(self.cfg, candidate.kind, [grid[s] for s in steps], "")
+        elif candidate.kind == "held":
+            moved = held_candidate(self.cfg, steps, "")
         else:
             moved = placed_candidate(self.cfg, steps, plan.solver, candidate.order, "")
         return replace(moved, name=name, plan=replace(moved.plan, name=name))
 
     def solve(self, budget: float) -> dict[Candidate, float]:
-        """All candidates of a budget with their errors on the calibration seeds; none if it is too little."""
+        """All candidates of a budget with their errors on the calibration seeds."""
         plain = plain_candidates(self.cfg, budget)
         self.measure_all(plain, self.calibration, f"{percent(budget)} %, plain")
-        found = [*plain, *self.placed(budget), *self.fitted(budget)]
+        found = [*plain, *self.placed(budget), *self.held(budget), *self.fitted(budget)]
         errors = {candidate: self.error(candidate, self.calibration) for candidate in found}
-        movable = sorted((c for c in found if c.kind in ("placed", "fitted")), key=errors.__getitem__)
+        movable = sorted((c for c in found if c.kind in ("placed", "held", "fitted")), key=errors.__getitem__)
         for candidate in movable[: 2 if self.cfg.num_climbs else 0]:
             climbed = self.climb(candidate)
             errors[climbed] = self.error(climbed, self.calibration)
@@ -285,8 +304,6 @@ class Calibration:
 
         def reached(num_steps: int) -> float:
             errors = self.solve(num_steps / N)
-            if not errors:
-                return -math.inf
             chosen = min(errors, key=errors.__getitem__)
             self.measure_all([chosen], self.calibration, chosen.name)
             return float(np.mean(self.results.values(chosen, "psnr", self.calibration)))
@@ -299,15 +316,8 @@ class Calibration:
         return high / N
 
     def report_on(self, budget: float) -> tuple[Candidate, list[dict]]:
-        """The chosen candidate of a budget, and its table on the held-out seeds.
-
-        Raises:
-            UserError: the budget is too little for any candidate.
-        """
+        """The chosen candidate of a budget, and its table on the held-out seeds."""
         errors = self.solve(budget)
-        if not errors:
-            N = self.cfg.num_sampling_steps
-            raise UserError(f"budgets: {budget:g} is too little for any cached plan of {N} steps")
         best = {c.kind: c for c in sorted(errors, key=errors.__getitem__, reverse=True)}  # of each kind
         chosen, rivals = min(best.values(), key=errors.__getitem__), interval_candidates(self.cfg, budget)
         finalists = [c for c in errors if c.kind == "plain" or c is best[c.kind]]

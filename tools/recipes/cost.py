@@ -26,6 +26,8 @@ def work(cfg: CalibrateConfig) -> float:
     once += 2 * probed * sum(target - p for p in growth_positions(target, GROWTH_POSITIONS))
     clips = len(ORDERS) * (held_out + len(EXPONENTS) * screened) + chosen_on - screened + held_out  # interval, placed
     clips += 2 * cfg.num_climbs * chosen_on
+    if not deterministic:  # plain and held
+        clips += (1 + len(EXPONENTS)) * chosen_on + 2 * held_out
     if deterministic:  # plain, placed around two more solvers, fitted
         kinds = 2 + (cfg.cfg_scale != 1)
         clips += len(SOLVERS) * (chosen_on + held_out) + (len(SOLVERS) - 1) * chosen_on
