@@ -458,6 +458,8 @@ def _read_file(path: str | Path) -> dict[str, Any]:
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
         values = OmegaConf.to_container(OmegaConf.create({} if content is None else content), resolve=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # PyYAML's and OmegaConf's errors share no base class
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

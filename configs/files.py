@@ -192,6 +192,8 @@ def read_record(path: Path, key: str) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record, dict):
             return record
+    except PermissionError:
+        raise UserError(f"{key}: this user may not read {path}: choose another folder, or change its rights") from None
     except (OSError, ValueError):
         pass
     raise UserError(f"{key}: {path} is damaged, so that nothing is known of its folder: choose another, or remove it")

@@ -208,5 +208,5 @@ def vae_spec(args: Any) -> VaeSpec:
         return PUBLISHED
     try:
         return config_spec(dict(json.loads(file.read_text(encoding="utf-8"))), file)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"cannot load the VAE in {file.parent}: config.json is damaged ({error})") from None

@@ -1,7 +1,11 @@
 """What several test files need: a tiny model with random weights, sampled in a second; stand-ins of detectors."""
 
+import os
 import shutil
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,29 @@ def flat(tiny, tmp_path_factory) -> Path:
     text = tiny.read_text().replace(f"pretrained_model_path: {tiny.parent}", f"pretrained_model_path: {folder}")
     (folder / "sample.yaml").write_text(text)
     return folder / "sample.yaml"
+
+
+@pytest.fixture
+def tree() -> Iterator[Path]:
+    """A folder that any user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def closed_to_us(path: Path) -> Iterator[None]:
+    """A file or folder that this process may not read, also where the tests run as root: it is another user then."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(mode)
 
 
 class Pooled(nn.Module):

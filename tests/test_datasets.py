@@ -6,9 +6,6 @@ import logging
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +16,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from conftest import closed_to_us
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -708,28 +706,6 @@ def test_what_is_no_file_or_leads_nowhere_is_named(tmp_path):
     assert found(tmp_path, 2, said.append) == {"Box/a.mp4": 0, "Cup/b.mp4": 1}
     wanted = f"{tmp_path}: 2 cannot be read: {tmp_path}/Dog (a link to nothing); {tmp_path}/Box/pipe.mp4 (not a file)"
     assert said == [wanted]
-
-
-@pytest.fixture
-def tree() -> Iterator[Path]:
-    """A folder that any user may enter, as pytest's own are not."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-
-
-@contextmanager
-def closed_to_us(folder: Path) -> Iterator[None]:
-    """A folder that this process may not read, also where the tests run as root: another user then, for the while."""
-    folder.chmod(0)
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        yield
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("closed", ["Box", "Box/deep"])

@@ -1,6 +1,7 @@
 """What makes no sense is refused before any work: one line, exit code 2, nothing written, at a dry run, too."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import closed_to_us
 from imageio_ffmpeg import _utils
+from safetensors.torch import load_file
 
 import train
-from configs import ROOT, UserError
+from configs import ROOT, UserError, cli
 from sample import sample, sample_ddp
 from tools import encode_latents, evaluate, fidelity, sweep
 from tools.demo import judge
@@ -214,3 +218,53 @@ def test_a_pipe_that_is_not_ours_keeps_its_traceback():
     code = "from configs import cli\ndef main(): raise BrokenPipeError('of a library')\ncli.run(main)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "BrokenPipeError: of a library" in result.stderr
+
+
+READ = "--config {tree}/sample.yaml pretrained_model_path={tree} ckpt={tree}/skip.safetensors"
+CLOSED = [
+    ("sample.yaml", sample, READ, "{path}: Permission denied"),
+    ("skip.safetensors", sample, READ, "{path}: Permission denied"),
+    ("skip.pt", sample, READ.replace(".safetensors", ".pt"), "{path}: Permission denied"),
+    ("vae/config.json", sample, READ, "{path}: Permission denied"),
+    ("vae/diffusion_pytorch_model.safetensors", sample, READ, "{path}: Permission denied"),
+    ("recipe.json", sample, f"{READ} recipe={{tree}}/recipe.json", "{path}: Permission denied"),
+    ("out/sample.json", sample, READ, "save_video_path: this user may not read {path}: choose another folder"),
+    ("out", sample, READ, "Permission denied"),
+    (
+        "clips",
+        train,
+        "data_path={tree}/clips dataset=video_folder",
+        "{path} (Permission denied)",
+    ),
+    (
+        "clips",
+        evaluate,
+        "metrics=flickering fake_path={tree}/clips",
+        "{path}/sample_ddp.json: Permission denied",
+    ),
+]
+
+
+@pytest.mark.parametrize(("closed", "program", "argv", "message"), CLOSED)
+def test_what_this_user_may_not_read_is_named_in_one_line(
+    closed, program, argv, message, tiny, tree, monkeypatch, capsys
+):
+    """As the user meets it: by exit code 2 and one line on stderr, which does not call the file damaged."""
+    shutil.copytree(tiny.parent, tree, dirs_exist_ok=True)
+    shutil.copy(ROOT / "pretrained/demo/recipe-43.json", tree / "recipe.json")
+    torch.save({"ema": load_file(tree / "skip.safetensors")}, tree / "skip.pt")
+    (tree / "clips").mkdir()
+    (tree / "out/uncached").mkdir(parents=True)
+    (tree / "out/uncached/000000_class0.mp4").touch()
+    (tree / "out/sample.json").write_text("{}")
+    subprocess.run(["chmod", "-R", "a+rwX", tree], check=True)
+    output = {sample: "save_video_path={tree}/out", train: "results_dir=/tmp", evaluate: "output=/tmp/out.json"}[
+        program
+    ]
+    argv = f"{argv} {output} --dry-run".format(tree=tree).split()
+    monkeypatch.setattr(sys, "argv", [program.__file__, *argv])
+    with closed_to_us(tree / closed), pytest.raises(SystemExit) as end:
+        cli.run(program.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and message.format(path=tree / closed) in error, error
+    assert error.count("\n") == 1 and "damaged" not in error and "valid" not in error
