@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs import ROOT, UserError, load_config
@@ -220,6 +221,7 @@ def test_record_and_table(measured):
     table = read_markdown((measured / "fidelity.md").read_text())
     assert [line["run"] for line in table] == list(rows)
     assert table[0]["PSNR, dB"] == "–" and table[1]["full + cached steps"] == "3 + 3"
+    assert Image.open(measured / "paired.png").size[0] > 500
     assert float(table[0]["proxy, real"].split(" (")[0]) == pytest.approx(uncached["proxy_real"], rel=1e-3)
     assert f"to 3 clips of 3 videos in {real['path']}, stride 2" in (measured / "fidelity.md").read_text()
     mean, _, margin = table[1]["relative L1"].split()

@@ -20,9 +20,10 @@ Sets of clips compare by proxy distances (Fréchet distance of tools/metrics/eff
 distance to the uncached clips of the other half of the seeds, which share no noise; its row "uncached" shows how far
 apart equal sets are. The other is the distance to the real clips in real_path.
 
-The program writes to `output`: fidelity.md, fidelity.json with the metrics of each clip, and clips/, which grows during
-the run (a line for each batch, and the twins' latents). The same command again measures only what is missing. Other
-plans, steps, guidance or seeds add to the same folder, and so does tools/sweep.py. Other settings need another folder.
+The program writes to `output`: fidelity.md, paired.png (ratios to the controls), fidelity.json with the metrics of
+each clip, and clips/, which grows during the run (a line for each batch, and the twins' latents). The same command
+measures only what is missing. Other plans, steps, guidance or seeds add to the same folder, and so does tools/sweep.py.
+Other settings need another folder.
 """
 
 import sys
@@ -51,6 +52,7 @@ from configs.files import write_text
 from configs.tables import markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
+from tools.common.plots import draw_ratios
 from tools.metrics.cells import Cell, Task, by_class_table, columns, notes, planner, run_cells, write_record
 from tools.metrics.pairs import PAIR_METRICS
 from tools.recipes.candidates import ROUNDING, SOLVERS, even_steps
@@ -91,6 +93,14 @@ def main() -> None:
         by_class = [by_class_table(rows, metric) for metric in metrics]
         write_text(Path(cfg.output, "fidelity.md"), "\n\n".join([text, *by_class]) + "\n")
         write_record(Path(cfg.output, "fidelity.json"), cfg, rows, real, env)
+        named = {row["name"]: row["run"] for row in rows}
+        ratios = [
+            (f"{row['run']} ({row['share']:.1%})  against {named[row['control']]}", interval, "C0")
+            for row in rows
+            if (interval := row["twin_control"].get("relative_l1"))
+        ]
+        if ratios:
+            draw_ratios(Path(cfg.output, "paired.png"), ratios, "relative L1 to the twins, over the control's")
         print(f"\n{text}\n\nrecord: {cfg.output}")
 
 

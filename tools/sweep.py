@@ -51,7 +51,7 @@ from configs.tables import csv_table, markdown_table
 from sample.distributed import distributed
 from sample.pipeline import resolve
 from sample.plans import Plan
-from tools.common.plots import new_figure, save_figure
+from tools.common.plots import draw_ratios, new_figure, save_figure
 from tools.metrics.cells import Cell, Task, columns, notes, planner, run_cells, write_record
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def draw_all(cfg: SweepConfig, rows: Sequence[Row], folder: Path) -> None:
         draw(folder / "pareto_fidelity.png", fidelity, label, comparable, colours)
     paired = [(row, row["reference_control"]["relative_l1"]) for row in rows if row["reference_control"]]
     if paired:
-        draw_paired(
-            folder / "paired.png", paired, f"relative L1 to uncached {cfg.reference}, over the control's", colours
-        )
+        points = [(f"{row['name']}  against {row['control']}", interval, series(row)) for row, interval in paired]
+        label = f"relative L1 to uncached {cfg.reference}, over the control's"
+        draw_ratios(folder / "paired.png", [(name, i, colours[own]) for name, i, own in points], label)
     if cfg.real_path:
         label = f"proxy distance of {cfg.num_clips} clips to real clips (no FVD)"
         points = [(row, row["proxy_real"]) for row in rows]
@@ -194,23 +194,6 @@ def draw(
         label_points(axes, texts)
     panels[0].set_ylabel(label)
     figure.suptitle("A line is a solver with its steps and guidance; grey: Pareto front", fontsize=10)
-    save_figure(path, figure)
-
-
-def draw_paired(
-    path: Path, points: Sequence[tuple[Row, dict[str, float]]], label: str, colours: dict[Series, str]
-) -> None:
-    """Draws the paired ratio of each row to its control with its interval; 1 is as good as the control."""
-    figure, ((axes,),) = new_figure(size=(9, 1.2 + 0.3 * len(points)))
-    for y, (row, interval) in enumerate(points):
-        left, right = interval["value"] - interval["low"], interval["high"] - interval["value"]
-        axes.errorbar(interval["value"], y, xerr=[[left], [right]], fmt="o", color=colours[series(row)], capsize=3)
-    axes.axvline(1, color="0.6", zorder=0)
-    axes.set_yticks(range(len(points)), [f"{row['name']}  against {row['control']}" for row, _ in points], fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel(label)
-    axes.invert_yaxis()
-    figure.suptitle("Paired over clips, with 95 % intervals; an interval that holds 1 resolves nothing", fontsize=10)
     save_figure(path, figure)
 
 

@@ -1,5 +1,6 @@
 """Figures without a screen, written atomically. matplotlib is imported when the first one is made."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,3 +29,22 @@ def save_figure(path: str | Path, figure: "Figure", dpi: int = 110) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
     pyplot.close(figure)
+
+
+def draw_ratios(path: str | Path, rows: Sequence[tuple[str, dict[str, float], str]], label: str) -> None:
+    """Draws paired ratios to a control; 1 is as good as the control.
+
+    Args:
+        rows: a name, its interval ("value", "low", "high") and a colour for each.
+    """
+    figure, ((axes,),) = new_figure(size=(9, 1.2 + 0.3 * len(rows)))
+    for y, (_, interval, colour) in enumerate(rows):
+        left, right = interval["value"] - interval["low"], interval["high"] - interval["value"]
+        axes.errorbar(interval["value"], y, xerr=[[left], [right]], fmt="o", color=colour, capsize=3)
+    axes.axvline(1, color="0.6", zorder=0)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.invert_yaxis()
+    figure.suptitle("Paired over clips, with 95 % intervals; an interval that holds 1 resolves nothing", fontsize=10)
+    save_figure(path, figure)
