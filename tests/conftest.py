@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +44,24 @@ def save_random_weights(model: torch.nn.Module, path: str | Path) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_file(model.state_dict(), path)
+
+
+@contextmanager
+def own_process_state() -> Iterator[None]:
+    """For a program that runs in the tests' process: afterwards accelerate and the signal handlers are as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def fresh_process_state():
+    with own_process_state():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,10 @@ from datasets import ClipSampler, load_batches, loader
 from datasets.clips import ClipDataset
 from datasets.loader import Interrupted, LoaderError
 from models.checkpoint import load_state_dict, save_checkpoint
-from tests.test_train import assert_equal, config, fresh_process_state, latents, log_lines, newest, run  # noqa: F401
+from tests.test_train import assert_equal, config, latents, log_lines, newest, run  # noqa: F401
 from train import train
+
+pytestmark = pytest.mark.usefixtures("fresh_process_state")
 
 
 def clips(read=lambda path: None, size: int = 8, number: int = 6) -> ClipDataset:

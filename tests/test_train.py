@@ -46,6 +46,8 @@ from tools.common.training import (
 )
 from train import clip_seed, train
 
+pytestmark = pytest.mark.usefixtures("fresh_process_state")
+
 TINY = dict(
     dataset="video_folder",
     model="Latte-skip",
@@ -94,16 +96,6 @@ def latents(tiny, tmp_path_factory) -> Path:
     record |= {"vae": "tiny", "encoder": LatentCodec.from_pretrained(tiny.parent / "vae").fingerprint()}
     (folder / RECORD).write_text(json.dumps(record))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    """accelerate and the signal handlers keep state in the process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def config(latents: Path, results: Path, **options) -> TrainConfig:

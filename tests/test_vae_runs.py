@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from sample import sample as sample_program
 from tests.test_vaes import make
 from tools import encode_latents as encode_program
 from tools.common.training import latent_moments
+
+pytestmark = pytest.mark.usefixtures("fresh_process_state")
 
 MODEL = ["model=Latte-skip", "image_size=32", "num_classes=2", "hidden_size=16", "depth=8", "num_heads=2"]
 TRAIN = [
@@ -47,16 +48,6 @@ class Squares:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return pixel_shuffle((latents - 5).repeat_interleave(64, 2).repeat_interleave(2, 1), 8)
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    """accelerate and the signal handlers keep state in the process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

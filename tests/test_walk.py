@@ -10,13 +10,13 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import train
 from sample import sample
 from sample.media import save_video
 from sample.pipeline import generate, load
 from sample.similarity import psnr
+from tests.conftest import own_process_state
 from tools import evaluate, report
 from tools.common.runs import RunLog
 
@@ -28,15 +28,9 @@ SAMPLER = "sample_method=ddim num_sampling_steps=4 precision=fp32"
 
 def call(monkeypatch, program, command: str) -> None:
     """Runs the main of a program; one that was interrupted may exit with a code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(sys, "argv", [program.__file__, *command.split()])
-    try:
-        with suppress(SystemExit):
-            program.main()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with own_process_state(), suppress(SystemExit):
+        program.main()
 
 
 def test_from_own_clips_to_a_score(tiny, tmp_path, monkeypatch, capsys):
