@@ -20,8 +20,10 @@ PATCH_SIZES = (2, 4, 8)
 PARTIAL_SKIPS = 2  # num_skips of the original's LatteIMG-skip-partial
 
 MADE_OF = [each.name for group in (ModelOptions, DiffusionOptions) for each in fields(group)]
-MADE_OF = [name for name in MADE_OF if name not in ("extras", "attention_mode")]  # what weights say of themselves
-HINTS = ["dataset", "class_names", "pretrained_model_path", "vae"]  # of which sampling may use others
+MADE_OF = [
+    name for name in MADE_OF if name not in ("extras", "attention_mode", "time_shift")
+]  # what weights say of themselves
+HINTS = ["dataset", "class_names", "pretrained_model_path", "vae", "time_shift"]  # of which sampling may use others
 NAMED = ("depth", "hidden_size", "num_heads", "patch_size", "num_skips")  # dimensions that a model's name stands for
 
 NAMES = (
@@ -132,7 +134,8 @@ def check_made_of(args: Any, options: Mapping[str, Any], ckpt: Any, source: Call
     if differ:
         given = {key: f"{key}={ours[key]}" + (f" ({source(key)})" if source else "") for key in differ}
         pairs = "; ".join(f"{text}, not {options[key]}" for key, text in given.items())
-        raise UserError(f"{ckpt} was trained with other options than {pairs}: leave them out")
+        advice = "leave them out" if source else "set them as in the weights"
+        raise UserError(f"{ckpt} was trained with other options than {pairs}: {advice}")
 
 
 def _model_and_process(args: Any) -> dict[str, Any]:

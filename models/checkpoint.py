@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import ROOT, UserError
 from configs.files import atomic_path, once_per_file
 
 
@@ -81,8 +82,19 @@ def load_state_dict(path: str | Path, weights: str = "ema") -> dict[str, Tensor]
 
 @once_per_file
 def load_options(path: str | Path) -> dict[str, Any]:
-    """Returns the options in a checkpoint that made its weights (`models.made_of`); empty if it has none."""
+    """Returns the options in a checkpoint that made its weights (`models.made_of`); empty if it has none.
+
+    A VAE beside the weights (`copy_vae`) is theirs, wherever it was at the training.
+    """
     path = find_checkpoint(path)
+    options, folder = _read_options(path), path.parent.absolute()
+    if options and (folder / "vae/config.json").is_file():
+        folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        options |= {"pretrained_model_path": str(folder), "vae": "vae"}
+    return options
+
+
+def _read_options(path: Path) -> dict[str, Any]:
     if not _is_safetensors(path):
         options = _read(path).get("options")
         return options if isinstance(options, dict) else {}
@@ -100,6 +112,16 @@ def save_weights(path: str | Path, weights: Mapping[str, Tensor], options: Mappi
     metadata = {"format": "pt", "options": json.dumps(dict(options))}
     with atomic_path(path) as temporary:
         save_file({name: value.contiguous() for name, value in weights.items()}, temporary, metadata)
+
+
+def copy_vae(options: Mapping[str, Any], folder: Path) -> None:
+    """Copies the diffusers VAE that `options` name into `folder`/vae, where the weights beside it find it.
+
+    Nothing is copied if the VAE is a class of one's own, or is not on this disk.
+    """
+    vae = ROOT / (options.get("pretrained_model_path") or "") / (options.get("vae") or "vae")
+    if (vae / "config.json").is_file() and vae.resolve() != (folder / "vae").resolve():
+        shutil.copytree(vae, folder / "vae", dirs_exist_ok=True)
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -160,7 +182,10 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub`; `load_checkpoint` loads the weights, strictly."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub`; `load_checkpoint` loads the weights, strictly.
+
+    A folder holds config.json, model.safetensors, a model card and, if it is known, the VAE.
+    """
 
     options: Mapping[str, Any] = {}  # those that made the weights; a saved model keeps them
 
@@ -172,6 +197,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_weights(save_directory / "model.safetensors", self.state_dict(), self.options)
+        copy_vae(self.options, save_directory)
 
     _load_as_pickle = _load_as_safetensor
 
@@ -240,7 +266,7 @@ def _options(state: dict[str, Tensor]) -> dict[str, Any]:
         "in_channels": in_channels,
         "num_skips": _count_skips(state),
         "num_classes": None if table is None else len(table) - 1,
-        "num_frames": state["temp_embed"].shape[1],
+        "num_frames": f"{state['temp_embed'].shape[1]} (of latents)",
         "image_size": f"{latent_size * 8} (with an 8x VAE)",
         "learn_sigma": len(state["final_layer.linear.weight"]) == 2 * in_channels * patch_size**2,
     }

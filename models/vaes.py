@@ -202,7 +202,7 @@ def vae_spec(args: Any) -> VaeSpec:
     vae = getattr(args, "vae", None) or "vae"
     if cls := own_class(vae):
         time, space = cls.stride
-        return VaeSpec(vae, cls.latent_channels, time, space, causal=getattr(cls, "causal", True))
+        return VaeSpec(vae, cls.latent_channels, time, space, causal=time == 1 or getattr(cls, "causal", True))
     file = Path(getattr(args, "pretrained_model_path", None) or "", vae, "config.json")
     if not file.is_file():
         return PUBLISHED

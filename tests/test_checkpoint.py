@@ -2,17 +2,22 @@
 
 import argparse
 import hashlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from configs import UserError
+from configs import SampleConfig, UserError, load_config
 from configs.files import atomic_path, file_hash
+from models import get_models, made_of
 from models.checkpoint import count_skips, load_checkpoint, load_state_dict, save_checkpoint, weights_hash
 from models.latte import Latte
+from sample.pipeline import generate, load
 from tools import export_checkpoint
 
 SIZE = {
@@ -211,6 +216,36 @@ def test_hub_folder_round_trip(tmp_path):
     again = Latte.from_pretrained(tmp_path)
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
     assert again.num_skips == 2 and not again.training
+
+
+def test_a_model_that_is_shared_samples_the_same_elsewhere(tiny, tmp_path, monkeypatch):
+    """push_to_hub uploads config, weights with their options, a model card and the VAE. A copy needs nothing else."""
+    cfg = load_config(SampleConfig, tiny)
+    model = get_models(cfg)
+    load_checkpoint(model, cfg.ckpt)
+    vae = tmp_path / "mine"
+    shutil.copytree(tiny.parent / "vae", vae / "vae")
+    model.options = made_of(cfg, ["ball", "cup", "dog"], step=20) | {"pretrained_model_path": str(vae)}
+    shared = tmp_path / "shared"
+
+    def upload_folder(self, *, repo_id, folder_path, **others):
+        assert repo_id == "you/latte"
+        shutil.copytree(folder_path, shared)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **others: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model.push_to_hub("you/latte")
+    there = {str(path.relative_to(shared)) for path in shared.rglob("*") if path.is_file()}
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert there == {"README.md", "config.json", "model.safetensors", "vae/config.json", weights}
+
+    sampler = {"sample_method": "ddim", "num_sampling_steps": 3, "precision": "fp32", "cfg_scale": 2.0}
+    first = generate(load(tiny, "cpu", num_sampling_steps=3), [3], [1])
+    vae.rename(tmp_path / "gone")
+    again = load(shared, "cpu", **sampler)
+    assert torch.equal(generate(again, [3], ["cup"]), first)
+    again.model.save_pretrained(tmp_path / "twice")  # what was loaded can be shared, too
+    assert torch.equal(generate(load(tmp_path / "twice", "cpu", **sampler), [3], ["cup"]), first)
 
 
 def test_hub_folder_loads_strictly(tmp_path):

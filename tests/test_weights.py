@@ -76,7 +76,8 @@ def test_an_exported_folder_is_what_from_pretrained_reads(mine, tmp_path, monkey
     latte = Latte.from_pretrained(tmp_path / "hub")
     torch.testing.assert_close(dict(latte.state_dict()), load_state_dict(mine), rtol=0, atol=0)
     latte.save_pretrained(tmp_path / "again")
-    assert load_options(tmp_path / "again/model.safetensors") == load_options(mine)
+    vae = {"pretrained_model_path": str(tmp_path / "again")}  # a copy, which comes with the weights
+    assert load_options(tmp_path / "again/model.safetensors") == load_options(mine) | vae
     assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
         (tmp_path / "hub/config.json").read_text()
     )
@@ -164,6 +165,15 @@ def test_options_that_agree_with_the_weights_may_be_given(mine, overrides):
     cfg = load_sampling(SampleConfig, DEMO, [f"ckpt={mine}", *overrides])
     assert cfg.prediction == "v" and cfg.hidden_size == 16
     assert make_plan(cfg).name == ("N3" if "cache" in overrides[0] else "uncached")
+
+
+def test_a_flow_may_be_sampled_with_another_shift(tiny, tmp_path):
+    """On the command line as in `with_options`; without one it is that of the training."""
+    changes = {"process": "flow", "prediction": "v", "learn_sigma": False, "time_shift": 2.0}
+    options = made_of(replace(load_config(SampleConfig, tiny), **changes), NAMES)
+    save_checkpoint(tmp_path / "flow.pt", ema=load_state_dict(tiny.parent / "skip.safetensors"), options=options)
+    shifts = [load_sampling(SampleConfig, DEMO, [f"ckpt={tmp_path}/flow.pt", *more]) for more in ([], ["time_shift=3"])]
+    assert [cfg.time_shift for cfg in shifts] == [2, 3]
 
 
 def test_a_folder_of_weights_may_be_sampled_by_another_name_of_its_model(tiny, tmp_path):

@@ -4,7 +4,7 @@
     python tools/export_checkpoint.py results/demo/000-.../checkpoints/0009400.pt pretrained/demo --dtype fp16
 
 Every program reads the result as its `ckpt`, and computes in the type of its own `precision`. The options that made the
-weights come along. A folder gets model.safetensors and config.json, which `Latte.from_pretrained` reads.
+weights come along. A folder gets model.safetensors and config.json, which `Latte.from_pretrained` reads, and the VAE.
 """
 
 import sys
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     parser.answer_help()  # before torch is imported, which takes seconds
 
 from configs.files import write_json
-from models.checkpoint import load_options, load_state_dict, save_weights
+from models.checkpoint import copy_vae, load_options, load_state_dict, save_weights
 from models.hardware import DTYPES
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     save_weights(file, weights, options)
     if is_folder:
         write_json(args.output / "config.json", options["latte"])
+        copy_vae(options, args.output)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 

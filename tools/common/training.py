@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, is_wandb_available
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -75,8 +75,11 @@ def check_training_options(cfg: TrainConfig) -> None:
         raise UserError("stale_features: stills have no place in cached steps; use use_image_num=0 or stale_features=0")
     if cfg.stale_features:
         check_cache_depth(model_dimensions(cfg)["depth"] // 2, cfg.cache.depth)
-    if cfg.report_to == "wandb" and not is_wandb_available():
-        raise UserError("report_to: wandb is not installed: pip install wandb, or use report_to=tensorboard")
+    if cfg.report_to == "wandb":
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"report_to: {error}: pip install wandb, or use report_to=tensorboard") from None
     make_diffusion(cfg)
     vae = vae_spec(cfg)
     if cfg.use_image_num and not vae.causal:
