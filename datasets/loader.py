@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ class _Reader:
             try:
                 batch = next(self.batches)
             except Exception as error:
+                if self.workers and isinstance(error, OSError | EOFError):  # a worker that is dying, not yet dead
+                    wait([worker.sentinel for worker in self.workers], timeout=1)
                 codes = {worker.exitcode for worker in self.workers} - {None, 0}
                 if self.ended or codes:
                     raise self.ended or LoaderError(self._describe(codes)) from None

@@ -316,7 +316,6 @@ def _decode(
             if codec.name == "h264":  # decode an unwanted frame only if others refer to it
                 codec.skip_frame = "DEFAULT" if time in waiting else "NONREF"
             frames = codec.decode(packet)
-            check_aspect(stream, aspect)
         waiting.discard(time)
         if not waiting or not is_needed:  # the decoder can return the frames it holds: flush it
             held = codec.decode(None)
@@ -330,6 +329,7 @@ def _decode(
             clip.add(time, frame)
         if not waiting:
             break
+    check_aspect(stream, aspect)
     return True
 
 

@@ -170,13 +170,13 @@ def _make_index(container: av.container.InputContainer) -> VideoIndex:
     codec = stream.codec_context
     if codec is None:
         raise BadClip("does not decode (FFmpeg does not know its codec)")
-    packets, decodes_from_keyframes = [], True
+    packets, decodes_from_keyframes, is_vp8 = [], True, codec.name == "vp8"
     for p in container.demux(stream):
         if p.size:
             # VP8 has a bit for it. Other codecs put a frame that nobody sees into the packet of another frame.
-            is_shown = not p.is_discard and (codec.name != "vp8" or bool(memoryview(p)[0] & 0x10))
-            packets.append(Packet(p.pts, p.dts, p.is_keyframe, is_shown))
-            if p.is_keyframe and decodes_from_keyframes:
+            is_shown = not p.is_discard and (not is_vp8 or bool(memoryview(p)[0] & 0x10))
+            packets.append(packet := Packet(p.pts, p.dts, p.is_keyframe, is_shown))
+            if packet.is_keyframe and decodes_from_keyframes:
                 decodes_from_keyframes = _decodes_alone(codec, p)
     # The times in .avi are those of decoding.
     even = (1 / Fraction(stream.average_rate or stream.guessed_rate or 25)).limit_denominator(1_000_000)
@@ -306,7 +306,8 @@ def decode_in_order(
     for packet in container.demux(video):
         try:
             yield from packet.decode()
-            check_aspect(video, aspect)
+            if packet.is_keyframe:
+                check_aspect(video, aspect)
         except av.InvalidDataError:
             if not skip_broken:
                 raise

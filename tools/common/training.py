@@ -428,6 +428,9 @@ def ending_whole(stop: StopSignal, log: runs.RunLog, save_last_step: Callable[[]
     try:
         yield
     except (Interrupted, LoaderError, RuntimeError) as error:
+        patience = time.monotonic() + 5  # another process has ended: torchrun soon signals this one
+        while "onnection" in str(error) and not stop.noted and time.monotonic() < patience:
+            time.sleep(0.1)
         if isinstance(error, RuntimeError) and not (stop.noted and cli.world_size() > 1):
             raise  # no other process left
         save_last_step()
