@@ -88,6 +88,8 @@ def calls_of(script: str, folder: Path) -> list[list[str]]:
 def program_arguments(call: list[str]) -> list[str] | None:
     """The program of ours that a call of Python or torchrun starts, and its arguments; None for another call."""
     name, *arguments = call
+    if arguments and arguments[0].endswith("sample/scripts/torchrun.py"):
+        name, *arguments = "torchrun", *arguments[1:]
     if name == "torchrun":
         while arguments[0].startswith("--"):
             flag = arguments.pop(0)[2:].partition("=")[0]
