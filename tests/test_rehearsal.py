@@ -63,8 +63,10 @@ class Memory:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(request, tmp_path_factory):
     """101 classes of a clip each and a VAE; removed at the end, with the files of the runs."""
+    if "rehearsal" not in request.config.option.markexpr:
+        pytest.skip("runs only with -m rehearsal")  # also where -m slow takes the place of the project's own -m
     folder = tmp_path_factory.mktemp("rehearsal")
     if shutil.disk_usage(folder).free < 50e9 or psutil.virtual_memory().available < 17e9:
         pytest.skip("needs 50 GB of disk and 17 GB of free memory")
