@@ -44,6 +44,8 @@ def draw_ratios(path: str | Path, rows: Sequence[tuple[str, dict[str, float], st
     axes.axvline(1, color="0.6", zorder=0)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.set_xscale("log")
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     axes.set_xlabel(label)
     axes.invert_yaxis()
     figure.suptitle("Paired over clips, with 95 % intervals; an interval that holds 1 resolves nothing", fontsize=10)
