@@ -594,7 +594,7 @@ def test_other_targets(tiny, tmp_path, monkeypatch, capsys, option):
     else:
         assert kinds == {"plain", "interval", "placed", "held"} and recipe.solver == "ddpm" and len(recipe.steps) == 12
         held = next(row for row in recipe.table if row["kind"] == "held")
-        assert held["share"] == 8 / 12 and "8 of 12 evaluated" in held["sampler"]
+        assert held["share"] == 8 / 12 and "8 of 12 full, order 0, x_0 held" in held["sampler"]
         assert states.shape[1] == 13
     cfg = resolve(load_config(SampleConfig, tiny, [f"recipe={tmp_path}/recipe-70.json", *option[:0]]), CPU)
     assert sample_latents(load(cfg, CPU), [1], [1]).isfinite().all()

@@ -472,7 +472,7 @@ def notes(cfg: MeasureConfig, tasks: list[Task], rows: Sequence[dict[str, Any]],
         "(Student's t, clips taken as independent draws). Two rows have the same seeds, so these intervals do not "
         "compare them. The columns with a control do: they show the mean of the clips' differences, or the geometric "
         "mean of the ratios of their errors, with its interval. Not resolved: the interval holds both answers. The "
-        "control is the best uncached solver at or below the row's cost, judged on these same clips.",
+        "control is the best row without a cache of layers at or below the row's cost, judged on these same clips.",
         "Proxy: Fréchet distance of 80 EfficientNet features, no FVD. It compares at one number of clips only, and is "
         f"too high by itself with fewer than {NEAR * 80}. Other "
         "seeds: to the uncached clips of the other half of the seeds; the row uncached shows how far equals are. "

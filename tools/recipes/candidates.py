@@ -121,10 +121,7 @@ def placed_candidate(cfg: SampleConfig, full_steps: Sequence[int], solver: str, 
 def held_candidate(cfg: SampleConfig, full_steps: Sequence[int], origin: str, kind: str = "held") -> Candidate:
     """All N steps of `cfg`: the model is evaluated at `full_steps`, and its estimate of x_0 is held at the others."""
     cfg = replace(cfg, cache=replace(cfg.cache, depth=0))
-    timesteps = make_plan(cfg, UNCACHED).timesteps
-    full = [n in set(full_steps) for n in range(len(timesteps))]
-    name = f"{cfg.sample_method}, {len(full_steps)} of {len(full)} evaluated, x_0 held, {origin}"
-    return Candidate(name, kind, build_plan(cfg, name, cfg.sample_method, timesteps, full))
+    return replace(placed_candidate(cfg, full_steps, cfg.sample_method, 0, f"x_0 held, {origin}"), kind=kind)
 
 
 def fitted_candidate(cfg: SampleConfig, kind: str, timesteps: Sequence[int], origin: str) -> Candidate:
