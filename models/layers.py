@@ -11,11 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NUM_FREQUENCIES = 256  # sines and cosines of a timestep
+# tanh(z) = z P(z^2) / Q(z^2) for |z| <= 9, to 6e-8 of its value; lowest powers first, by weighted least squares.
+TANH_P = (9.99999941e-1, 1.29192295e-1, 2.92076311e-3, 9.26743469e-6, -1.27804885e-8, 1.82553805e-11)
+TANH_Q = (1.0, 4.62525134e-1, 2.37631735e-2, 2.28100391e-4)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Returns x (1 + scale) + shift, computed in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation.
+
+    A compiled CPU kernel takes tanh from rational functions: the compiler's own costs a fifth of a training step.
+    """
+    if x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    z = (math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).clamp(-9, 9)
+    t = (z * _polynomial(TANH_P, z * z) / _polynomial(TANH_Q, z * z)).detach()
+    t = t + (1 - t * t) * (z - z.detach())  # adds 0; its gradient is that of tanh
+    return (0.5 * wide * (1 + t)).to(x.dtype)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Returns a polynomial of x with the lowest power first, by Horner's rule."""
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
+    return value
 
 
 class PatchEmbed(nn.Module):
@@ -61,7 +86,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class TimestepEmbedder(nn.Module):

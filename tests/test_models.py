@@ -7,7 +7,7 @@ from configs import SampleConfig, UserError, load_config
 from models import SIZES, get_models, parse_name
 from models.hardware import fastest_attention
 from models.latte import Latte
-from models.layers import Attention, Mlp, PatchEmbed
+from models.layers import Attention, Mlp, PatchEmbed, gelu
 from models.skip_cache import SkipCache, StaleFeatures, cached_step, forecast_weights, full_step, interval_plan
 
 TINY = dict(input_size=4, hidden_size=16, depth=8, num_heads=2, num_frames=3, num_classes=5)
@@ -355,3 +355,17 @@ def test_order_that_no_forecast_has_is_refused():
 def test_a_cache_of_more_layers_than_there_are_is_refused(num_skips, depth):
     with pytest.raises(UserError, match=rf"cache.depth: {depth} is outside 1 ... 2, half of the model's layers"):
         SkipCache(tiny(num_skips=num_skips), [True], depth)
+
+
+def test_gelu_of_compiled_cpu_kernels_is_gelu_and_has_its_gradient(monkeypatch):
+    x = torch.linspace(-20, 20, 100_001, requires_grad=True)
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    (slope,) = torch.autograd.grad(exact.sum(), x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    ours = gelu(x)
+    (our_slope,) = torch.autograd.grad(ours.sum(), x)
+    assert not torch.equal(ours, exact.float())  # it is the approximation that is tested
+    torch.testing.assert_close(ours, exact.float(), rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(our_slope, slope, rtol=0, atol=1e-5)
+    assert gelu(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.isfinite(gelu(torch.tensor([-1e4, 1e4], dtype=torch.bfloat16))).all()
