@@ -620,7 +620,7 @@ def test_a_psnr_is_reached_at_the_least_cost(tiny, tmp_path, monkeypatch, capsys
 
 def test_two_processes_find_the_recipe_that_one_finds(tiny, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    sizes = ["budgets=[0.6]", "num_calibration=5", "num_clips=4", "num_climbs=2"]
+    sizes = ["budgets=[0.6]", "num_calibration=5", "num_clips=4", "num_climbs=2", "per_proc_batch_size=8"]
     command = [calibrate.__file__, "--config", str(tiny), *sizes]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for launcher, name in (([sys.executable], "one"), (torchrun, "two")):
@@ -632,7 +632,8 @@ def test_two_processes_find_the_recipe_that_one_finds(tiny, tmp_path):
     for a, b in zip(one["steps"], two["steps"], strict=True):
         assert a.get("move", []) == pytest.approx(b.get("move", []), rel=1e-6)
     assert [row["sampler"] for row in one["table"]] == [row["sampler"] for row in two["table"]]
-    assert (tmp_path / "two/results/1.jsonl").read_text()
+    shares = [(tmp_path / f"two/results/{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) > 0  # no process waits while another has a large batch
 
 
 @pytest.mark.parametrize("options", [[], ["sample_method=ddpm"], ["target=converged"]])

@@ -81,7 +81,8 @@ class Calibration:
     # What is recorded once
 
     def batches(self, seeds: range) -> list[list[int]]:
-        size = self.cfg.per_proc_batch_size
+        """Seeds in batches, small enough for every process to have one."""
+        size = min(self.cfg.per_proc_batch_size, math.ceil(len(seeds) / self.env.world_size))
         return [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
     def progress(self, what: str, total: int) -> tqdm:
