@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion import Diffusion
 from diffusion.guidance import Guided
 from diffusion.sampling import SAMPLERS, randn_per_sample
-from models.skip_cache import cached_step, full_step, lagrange_weights
+from models.skip_cache import lagrange_weights
 from sample.pipeline import Pipeline
 from tools.recipes.search import x0_effect, x0_of_velocity
 from tools.recipes.trajectories import labels_tensor, load_trajectories
@@ -48,7 +48,7 @@ def measure_features(
     Memory holds the features of WINDOW steps of one batch.
     """
     diffusion, cfg, model = pipe.diffusion, pipe.cfg, pipe.model
-    N = diffusion.num_timesteps
+    (full_step, cached_step), N = pipe.steps, diffusion.num_timesteps
     gram = torch.zeros(N, N, dtype=torch.float64)
     moved, differed, size = (torch.zeros(N, len(AGES), dtype=torch.float64) for _ in range(3))
     guided = partial(Guided, scale=cfg.cfg_scale, null_label=model.num_classes)
