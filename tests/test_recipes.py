@@ -31,7 +31,7 @@ from tools import calibrate, fidelity, report
 from tools.metrics.statistics import geometric_mean, ratio_interval
 from tools.recipes import calibration
 from tools.recipes.cached import FeatureChanges, estimate_changes, gap_errors, measure_features
-from tools.recipes.candidates import build_plan, fitted_candidate, with_moves
+from tools.recipes.candidates import build_plan, cached_share, fitted_candidate, with_moves
 from tools.recipes.cost import disk_bytes, work
 from tools.recipes.fit import fit_move, place_steps, prior_move, ridge, step_errors
 from tools.recipes.search import (
@@ -616,6 +616,18 @@ def test_a_psnr_is_reached_at_the_least_cost(tiny, tmp_path, monkeypatch, capsys
     assert next(row for row in load_recipe(tmp_path / "ddpm/recipe-20dB.json").table if row["chosen"])["psnr"] > 15
     with pytest.raises(UserError, match=r"min_psnr: 99 dB is out of reach; 5 of 6 steps' MACs give \d+\.\d dB"):
         run(monkeypatch, calibrate, "--config", tiny, *sizes, "min_psnr=99")
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_a_budget_too_small_for_placed_steps_leaves_them_out(tiny, tmp_path, monkeypatch, method):
+    """Two evaluations in 30 steps are farther apart than the largest gap that is measured."""
+    drawn = [f"sample_method={method}", "num_sampling_steps=30"]
+    share = cached_share(load_config(SampleConfig, tiny, drawn)) if method == "ddim" else 0
+    budget = share + (1 - share) * 2.1 / 30
+    sizes = [f"budgets=[{budget}]", "num_calibration=2", "num_clips=2", "num_climbs=0", f"output={tmp_path}"]
+    run(monkeypatch, calibrate, "--config", tiny, *drawn, *sizes)
+    kinds = {row["kind"] for row in load_recipe(next(tmp_path.glob("recipe-*.json"))).table}
+    assert "plain" in kinds and not kinds & {"placed", "held"}
 
 
 def test_two_processes_find_the_recipe_that_one_finds(tiny, tmp_path):

@@ -23,7 +23,7 @@ from configs.files import write_json
 from sample.distributed import Environment
 from sample.pipeline import Pipeline, with_options
 from sample.plans import UNCACHED, make_plan
-from tools.recipes.cached import FeatureChanges, estimate_changes, gap_errors, measure_features
+from tools.recipes.cached import LARGEST_GAP, FeatureChanges, estimate_changes, gap_errors, measure_features
 from tools.recipes.candidates import (
     EXPONENTS,
     ORDERS,
@@ -195,7 +195,7 @@ class Calibration:
     def placed(self, budget: float) -> list[Candidate]:
         """The best plan of placed full steps around each solver, measured on all calibration seeds."""
         num_full = num_placed(self.cfg, budget)
-        if num_full < 2:
+        if num_full < 2 or num_full * LARGEST_GAP < self.cfg.num_sampling_steps:
             return []
         screened = self.calibration[:SCREENED_CLIPS]
         variants = {
@@ -218,7 +218,8 @@ class Calibration:
         Only by reuse: the estimates follow the noise of each step, and a forecast would carry it on.
         """
         num_steps = int(budget * self.cfg.num_sampling_steps + ROUNDING)
-        if self.cfg.sample_method in SOLVERS or num_steps < 2:
+        few = num_steps < 2 or num_steps * LARGEST_GAP < self.cfg.num_sampling_steps
+        if self.cfg.sample_method in SOLVERS or few:
             return []
         changes = estimate_changes(self.pipe.diffusion, self.cfg.sample_method, self.trajectories, self.calibration)
         found = []
