@@ -7,11 +7,9 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,9 +78,9 @@ class Calibration:
 
     # What is recorded once
 
-    def batches(self, seeds: range) -> list[list[int]]:
-        """Seeds in batches, small enough for every process to have one."""
-        size = min(self.cfg.per_proc_batch_size, math.ceil(len(seeds) / self.env.world_size))
+    def batches(self, seeds: range, num_processes: int | None = None) -> list[list[int]]:
+        """Seeds in batches, small enough for each of `num_processes` (None: of all) to have one."""
+        size = min(self.cfg.per_proc_batch_size, math.ceil(len(seeds) / (num_processes or self.env.world_size)))
         return [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
     def progress(self, what: str, total: int) -> tqdm:
@@ -102,33 +100,25 @@ class Calibration:
                 record(self.target, self.trajectories, seeds, every_step, bar.update)
         self.env.barrier()
 
-    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The content of a JSON file of the folder, which the first process computes if it is not there."""
-
-        def read() -> dict:
-            path = self.folder / name
-            if not path.is_file():
-                write_json(path, compute())
-            return json.loads(path.read_text())
-
-        return self.env.from_first(read)
-
     @cached_property
     def growth(self) -> np.ndarray:
         """By how much an error of each state of the reference run grows until the end, (N + 1,)."""
-
-        def compute() -> dict:
-            N, batches = self.target.diffusion.num_timesteps, self.batches(self.calibration[:PROBED_CLIPS])
-            positions, measured = growth_positions(N, GROWTH_POSITIONS), []
+        path, N = self.folder / "growth.json", self.target.diffusion.num_timesteps
+        positions = growth_positions(N, GROWTH_POSITIONS)
+        if not self.env.from_first(path.is_file):
+            batches = self.batches(self.calibration[:PROBED_CLIPS])[self.env.rank :: self.env.world_size]
             with self.progress("growth of errors", 2 * len(batches) * sum(N - p for p in positions)) as bar:
-                for seeds in batches:
-                    runs = load_trajectories(self.trajectories, seeds)
-                    measured.append(measure_growth(self.target, runs, seeds, positions, bar.update))
-            measured = torch.cat(measured, dim=1)  # (positions, clips)
+                own = [
+                    measure_growth(
+                        self.target, load_trajectories(self.trajectories, seeds), seeds, positions, bar.update
+                    )
+                    for seeds in batches
+                ]
+            measured = torch.cat(self.env.gather(own), dim=1)  # (positions, clips)
             growth = interpolate_growth(measured, positions, N + 1).tolist()
-            return {"positions": positions, "measured": measured.tolist(), "growth": growth}
-
-        return np.array(self.once("growth.json", compute)["growth"])
+            if self.env.is_main:
+                write_json(path, {"positions": positions, "measured": measured.tolist(), "growth": growth})
+        return np.array(self.env.from_first(lambda: json.loads(path.read_text()))["growth"])
 
     @cached_property
     def own_growth(self) -> np.ndarray:
@@ -140,12 +130,16 @@ class Calibration:
     def features(self) -> FeatureChanges:
         """How deep features change along a run of the options' own sampler."""
 
-        def compute() -> dict:
-            batches = self.batches(self.calibration[:PROBED_CLIPS])
-            with self.progress("deep features", len(batches) * self.pipe.diffusion.num_timesteps) as bar:
-                return asdict(measure_features(self.pipe, batches, self.cfg.cache.depth, bar.update))
+        def read() -> dict:
+            path, seeds = self.folder / "features.json", self.calibration[:PROBED_CLIPS]
+            if not path.is_file():
+                batches = self.batches(seeds, num_processes=1)
+                with self.progress("deep features", len(batches) * self.pipe.diffusion.num_timesteps) as bar:
+                    found = measure_features(self.pipe, batches, self.cfg.cache.depth, bar.update)
+                write_json(path, asdict(found))
+            return json.loads(path.read_text())
 
-        return FeatureChanges(**self.once("features.json", compute))
+        return FeatureChanges(**self.env.from_first(read))
 
     @cached_property
     def gram(self) -> Tensor:
