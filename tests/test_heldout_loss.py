@@ -11,8 +11,9 @@ from conftest import save_random_weights
 from configs import ROOT, UserError, load_config
 from datasets import collate, get_dataset
 from diffusion import make_diffusion
-from models import get_models
+from models import get_models, made_of
 from models.autoencoder import load_codec
+from models.checkpoint import save_checkpoint
 from tools import heldout_loss
 from tools.common import training
 from tools.heldout_loss import HeldoutConfig
@@ -90,6 +91,30 @@ def test_x0_errors_are_those_of_the_training_log(cfg, twins):
     head, _, row = heldout_loss.table({"a": errors}, cfg.log_snrs).splitlines()
     assert "x_0 error of 3 clips" in head and all(f" {level} |" in head for level in ("-2", "+0", "+4"))
     assert row.endswith(f"{errors.mean(0)[2]:.4f} |")
+
+
+def test_x0_errors_compare_processes(cfg, twins, tiny, tmp_path, monkeypatch, capsys):
+    """Each model is measured in the process of its own weights; their losses do not compare, and are refused."""
+    flow = replace(
+        cfg, process="flow", prediction="v", learn_sigma=False, num_skips=2, measure="x0", log_snrs=[-1.0, 2.0]
+    )
+    torch.manual_seed(3)
+    model, file = get_models(flow), tmp_path / "flow.pt"
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(file, ema=model.state_dict(), options=made_of(flow, None))
+    alone = heldout_loss.measure_losses(flow, {"flow": model.eval()}, torch.device("cpu"))["flow"]
+
+    options = [*SIZES, f"data_path={TEST_CLIPS}", f"pretrained_model_path={tiny.parent}", "num_clips=3"]
+    options += ["model=Latte-B/2-skip", "num_skips=null", "learn_sigma=True", "prediction=eps", "log_snrs=[-1,2]"]
+    argv = ["heldout_loss.py", "--model", f"ddpm={twins['skip']}", "--model", f"flow={file}", *options]
+    monkeypatch.setattr(sys, "argv", [*argv, "measure=x0"])
+    heldout_loss.main()
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| flow") and row.endswith(f"{alone.mean(0)[1]:.4f} |")
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match="process=gaussian, not flow"):
+        heldout_loss.main()
 
 
 def test_program(cfg, twins, tiny, monkeypatch, capsys):

@@ -6,19 +6,19 @@
 
 The models are those of the configuration, each with as many skips as its checkpoint has; weights are the EMA, in fp32.
 Clips are spread evenly over the files. Each one is noised at the middle of each of num_timesteps equal parts of the
-schedule. With measure=x0, it is noised at log_snrs instead, and errors compare between processes and predictions. The
-table holds means over clips, ± half of the 95 % interval (Student's t), and the same of the differences
-to the first model, clip by clip.
+schedule. With measure=x0, it is noised at log_snrs instead, each model has the process and prediction that its weights
+carry, and errors compare between them. The table holds means over clips, ± half of the 95 % interval (Student's t), and
+the same of the differences to the first model, clip by clip.
 Letters: N clips, B batch, F frames, K timesteps, C channels of the latents.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import ROOT, TrainConfig, cli, load_config, option, require_path
+from configs import ROOT, DiffusionOptions, TrainConfig, cli, load_config, option, require_path
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from configs.tables import markdown_table
 from datasets import collate, get_dataset
-from diffusion import make_diffusion
+from diffusion import Diffusion, make_diffusion
 from models import check_made_of, get_models
 from models.autoencoder import load_codec, vae_file
 from models.checkpoint import count_skips, load_checkpoint, load_options
@@ -56,6 +56,14 @@ from models.hardware import default_device, fastest_attention
 from models.latte import Latte
 from tools.common.models import named_checkpoints
 from tools.metrics.statistics import mean_and_margin, plus_minus
+
+
+def options_of(cfg: HeldoutConfig, ckpt: str) -> HeldoutConfig:
+    """The options of `cfg`; those of the noise process from the weights at `ckpt`, if errors of x_0 are measured."""
+    if cfg.measure == "loss":
+        return cfg
+    carried, own = load_options(ckpt), ["learn_sigma", *(each.name for each in fields(DiffusionOptions))]
+    return replace(cfg, **{key: carried[key] for key in own if carried.get(key) is not None})
 
 
 def load_model(cfg: HeldoutConfig, ckpt: str, device: torch.device) -> Latte:
@@ -69,9 +77,15 @@ def load_model(cfg: HeldoutConfig, ckpt: str, device: torch.device) -> Latte:
 
 
 @torch.no_grad()
-def measure_losses(cfg: HeldoutConfig, models: dict[str, Latte], device: torch.device) -> dict[str, Tensor]:
-    """The loss of each model at each clip and timestep, or its error of x_0 at each noise level, (N, K)."""
+def measure_losses(
+    cfg: HeldoutConfig, models: dict[str, Latte], device: torch.device, processes: dict[str, Diffusion] | None = None
+) -> dict[str, Tensor]:
+    """The loss of each model at each clip and timestep, or its error of x_0 at each noise level, (N, K).
+
+    processes: those of the models, by their names; None: all have that of `cfg`.
+    """
     dataset, codec, diffusion = get_dataset(cfg), load_codec(cfg, device), make_diffusion(cfg)
+    processes = processes or dict.fromkeys(models, diffusion)
     K = cfg.num_timesteps if cfg.measure == "loss" else 1
     chosen = np.linspace(0, len(dataset) - 1, min(cfg.num_clips, len(dataset))).round().astype(int)  # (N,)
     generator = torch.Generator().manual_seed(cfg.global_seed)
@@ -84,9 +98,9 @@ def measure_losses(cfg: HeldoutConfig, models: dict[str, Latte], device: torch.d
         labels = {} if cfg.num_classes is None else {"y": batch["label"].to(device).expand(K)}
         for name, model in models.items():
             if cfg.measure == "loss":
-                found = diffusion.training_losses(model, x, t, labels, noise)["loss"]
+                found = processes[name].training_losses(model, x, t, labels, noise)["loss"]
             else:
-                (found,) = diffusion.x_start_errors(model, x, cfg.log_snrs, labels, noise)
+                (found,) = processes[name].x_start_errors(model, x, cfg.log_snrs, labels, noise)
             losses[name].append(found.cpu())
     return {name: torch.stack(each) for name, each in losses.items()}
 
@@ -120,8 +134,10 @@ def main() -> None:
         checks += [lambda ckpt=ckpt: count_skips(ckpt) for ckpt in checkpoints.values()]
         return cli.dry_run(cfg, lines, checks)
 
-    models = {name: load_model(cfg, ckpt, device) for name, ckpt in checkpoints.items()}
-    print(table(measure_losses(cfg, models, device), cfg.log_snrs if cfg.measure == "x0" else None))
+    options = {name: options_of(cfg, ckpt) for name, ckpt in checkpoints.items()}
+    models = {name: load_model(options[name], ckpt, device) for name, ckpt in checkpoints.items()}
+    processes = {name: make_diffusion(own) for name, own in options.items()}
+    print(table(measure_losses(cfg, models, device, processes), cfg.log_snrs if cfg.measure == "x0" else None))
 
 
 if __name__ == "__main__":
