@@ -37,7 +37,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     """Returns a polynomial of x with the lowest power first, by Horner's rule."""
-    value = torch.full_like(x, coefficients[-1])
+    value = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient
     return value

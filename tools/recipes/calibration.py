@@ -186,10 +186,14 @@ class Calibration:
         self.fit_errors[candidate.name] = fit["errors"]
         return with_moves(candidate, fit["moves"])
 
+    def can_place(self, num_evaluated: int) -> bool:
+        """Whether so many evaluated steps, at most LARGEST_GAP apart, reach over all steps."""
+        return num_evaluated >= 2 and num_evaluated * LARGEST_GAP >= self.cfg.num_sampling_steps
+
     def placed(self, budget: float) -> list[Candidate]:
         """The best plan of placed full steps around each solver, measured on all calibration seeds."""
         num_full = num_placed(self.cfg, budget)
-        if num_full < 2 or num_full * LARGEST_GAP < self.cfg.num_sampling_steps:
+        if not self.can_place(num_full):
             return []
         screened = self.calibration[:SCREENED_CLIPS]
         variants = {
@@ -212,8 +216,7 @@ class Calibration:
         Only by reuse: the estimates follow the noise of each step, and a forecast would carry it on.
         """
         num_steps = int(budget * self.cfg.num_sampling_steps + ROUNDING)
-        few = num_steps < 2 or num_steps * LARGEST_GAP < self.cfg.num_sampling_steps
-        if self.cfg.sample_method in SOLVERS or few:
+        if self.cfg.sample_method in SOLVERS or not self.can_place(num_steps):
             return []
         changes = estimate_changes(self.pipe.diffusion, self.cfg.sample_method, self.trajectories, self.calibration)
         found = []
